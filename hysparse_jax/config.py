@@ -1,0 +1,435 @@
+"""Frozen configs that check themselves, loaded from a Python file, overridden by `a.b=v`.
+
+A config file defines `get_config(arg=None) -> Config`. `load("configs/tiny.py:arg")` runs it;
+`override(cfg, "model.window=64")` returns a copy with one field changed and everything rechecked.
+Modules receive their own section whole; nothing is copied from field to field.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import types
+import typing
+from typing import Literal, NamedTuple
+
+from hysparse_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
+
+
+def _require(ok: bool, message: str):
+  if not ok:
+    raise UserError(message)
+
+
+class _Checked:
+  """Base of the config sections: every `Literal` and numeric field is checked when built."""
+
+  def _check_choices(self):
+    section = type(self).__name__
+    for name, kind in typing.get_type_hints(type(self)).items():
+      value = getattr(self, name)
+      if typing.get_origin(kind) is Literal:
+        allowed = typing.get_args(kind)
+        _require(value in allowed,
+                 f"{section}.{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+      elif not _fits(value, kind):
+        raise UserError(f"{section}.{name} is {value!r} ({type(value).__name__}); "
+                        f"expected {_spell(kind)}")
+
+  def _check_at_least(self, minimum, *names):
+    for name in names:
+      value = getattr(self, name)
+      _require(value is None or value >= minimum,
+               f"{type(self).__name__}.{name} is {value}; it must be at least {minimum}")
+
+  def _check_unit_interval(self, *names):
+    for name in names:
+      value = getattr(self, name)
+      _require(0.0 <= value <= 1.0,
+               f"{type(self).__name__}.{name} is {value}; it must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig(_Checked):
+  """Mixture-of-experts FFN: a softmax router, the k best experts per token, none dropped."""
+
+  num_experts: int = 512              # E
+  experts_per_token: int = 8          # k
+  d_ff: int = 512                     # F of one expert
+  load_balance_weight: float = 1e-2   # weight of the load-balancing loss (Switch Transformer, eq. 4)
+  router_z_weight: float = 1e-3       # weight of the router z-loss (ST-MoE, eq. 5)
+  bias_update_rate: float = 0.0       # > 0: auxiliary-loss-free balancing by a bias (DeepSeek-V3)
+  normalize_weights: bool = True      # the k chosen weights sum to 1
+
+  def __post_init__(self):
+    self._check_choices()
+    self._check_at_least(1, "num_experts", "experts_per_token", "d_ff")
+    self._check_at_least(0, "load_balance_weight", "router_z_weight", "bias_update_rate")
+    _require(self.experts_per_token <= self.num_experts,
+             f"moe.experts_per_token={self.experts_per_token} exceeds "
+             f"moe.num_experts={self.num_experts}; choose at most that many")
+
+
+class LayerGroup(NamedTuple):
+  """`count` consecutive hybrid blocks, each one full layer followed by `num_sparse` others."""
+
+  count: int
+  num_sparse: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Checked):
+  """The backbone, the attention pattern and the paper's ablations.
+
+  Layer `i` is full attention iff `i % (sparse_per_full + 1) == 0 or i == num_layers - 1`
+  (HySparse section 3.1); the others are sparse (`hysparse`) or sliding-window (`swa`) layers.
+  """
+
+  attention: Literal["hysparse", "full", "swa"] = "hysparse"
+  vocab_size: int = 256               # V
+  num_layers: int = 8                 # L
+  d_model: int = 128                  # D
+  num_heads: int = 4                  # N query heads
+  num_kv_heads: int = 2               # K
+  head_dim: int = 32                  # H of queries and keys
+  value_head_dim: int | None = None   # H of values; None: head_dim
+  d_ff: int = 384                     # F of the dense SwiGLU; unused when moe is set
+  moe: MoeConfig | None = None        # set: every layer's FFN is a mixture of experts
+  sparse_per_full: int = 3            # M
+  block_size: int = 64                # keys in a selectable block
+  selected_tokens: int = 1024         # keys selected per token; a multiple of block_size
+  window: int = 128                   # tokens the local branch sees, self included
+  local_branch: bool = True           # ablation 1: False drops the sliding-window branch
+  local_shares_kv: bool = False       # ablation 2: True windows over the full layer's KV
+  gate: Literal["elementwise", "per_head", "none"] = "elementwise"
+  sinks: bool = True                  # per-head sink logits in sparse and sliding-window layers
+  qk_norm: bool = False
+  rope_base: float = 10_000.0
+  norm_eps: float = 1e-6
+  tied_embeddings: bool = False
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"   # compute; weights are kept in float32
+  remat: Literal["none", "layer", "block"] = "none"    # what the backward pass recomputes
+  implementation: str | None = None   # of the attention ops; None picks by platform
+
+  def __post_init__(self):
+    self._check_choices()
+    self._check_at_least(1, "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads",
+                         "head_dim", "value_head_dim", "d_ff", "block_size", "selected_tokens",
+                         "window")
+    self._check_at_least(0, "sparse_per_full")
+    _require(self.num_heads % self.num_kv_heads == 0,
+             f"model.num_heads={self.num_heads} is not a multiple of "
+             f"model.num_kv_heads={self.num_kv_heads}; every KV head serves the same number of "
+             "query heads")
+    _require(self.head_dim % 2 == 0,
+             f"model.head_dim={self.head_dim} is odd; rotary embedding turns pairs of channels")
+    _require(self.selected_tokens % self.block_size == 0,
+             f"model.selected_tokens={self.selected_tokens} is not a multiple of "
+             f"model.block_size={self.block_size}; whole blocks are selected")
+    _require(self.rope_base > 0, f"model.rope_base is {self.rope_base}; it must be positive")
+    _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; it must be positive")
+    _require(self.local_branch or self.attention != "swa",
+             "model.local_branch=False leaves attention='swa' with no attention at all; "
+             "use attention='hysparse'")
+    _require(not self.local_shares_kv or (self.attention == "hysparse" and self.local_branch),
+             "model.local_shares_kv=True needs attention='hysparse' and local_branch=True")
+
+  @property
+  def group_size(self) -> int:
+    """G, query heads per KV head."""
+    return self.num_heads // self.num_kv_heads
+
+  @property
+  def v_dim(self) -> int:
+    """Head dim of the values."""
+    return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+  @property
+  def num_blocks(self) -> int:
+    """P, key blocks selected per token and KV head."""
+    return self.selected_tokens // self.block_size
+
+  @property
+  def has_sparse_branch(self) -> bool:
+    return self.attention == "hysparse"
+
+  @property
+  def has_local_branch(self) -> bool:
+    return self.attention == "swa" or self.local_branch
+
+  @property
+  def owns_local_kv(self) -> bool:
+    """Do the layers between full layers project a KV of their own?"""
+    return self.has_local_branch and not self.local_shares_kv
+
+  @property
+  def layer_kinds(self) -> tuple[str, ...]:
+    """`"full"` or the kind in between, for each of the `num_layers` layers."""
+    period = 1 if self.attention == "full" else self.sparse_per_full + 1
+    between = "sparse" if self.attention == "hysparse" else "window"
+    return tuple("full" if i % period == 0 or i == self.num_layers - 1 else between
+                 for i in range(self.num_layers))
+
+  @property
+  def layer_groups(self) -> tuple[LayerGroup, ...]:
+    """`layer_kinds` run-length coded: what the stack scans over."""
+    sizes = []
+    for kind in self.layer_kinds:
+      if kind == "full":
+        sizes.append(0)
+      else:
+        sizes[-1] += 1
+    groups = []
+    for size in sizes:
+      if groups and groups[-1].num_sparse == size:
+        groups[-1] = LayerGroup(groups[-1].count + 1, size)
+      else:
+        groups.append(LayerGroup(1, size))
+    return tuple(groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Checked):
+  """What is read, how it becomes tokens, and how documents are packed into rows."""
+
+  source: str = "python_stdlib"       # or a file or folder
+  format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord"] = "auto"
+  text_field: str = "text"            # of JSONL and parquet records
+  tokenizer: str = "byte"             # or the path of a Hugging Face tokenizer.json
+  seq_len: int = 512                  # T, tokens per row
+  batch_size: int = 8                 # B, rows per optimizer step over all hosts
+  packing: bool = True                # several documents per row, kept apart by segment ids
+  heldout_fraction: float = 0.05      # share of documents, by hash, that training never sees
+  workers: int = 0                    # reader processes; the batches do not depend on it
+  seed: int = 0                       # of the order of documents
+
+  def __post_init__(self):
+    self._check_choices()
+    self._check_at_least(2, "seq_len")
+    self._check_at_least(1, "batch_size")
+    self._check_at_least(0, "workers", "seed")
+    _require(0.0 < self.heldout_fraction < 1.0,
+             f"data.heldout_fraction is {self.heldout_fraction}; it must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig(_Checked):
+  """Optimizer and schedule. Learning rates are peaks."""
+
+  optimizer: Literal["adamw", "muon"] = "adamw"
+  lr: float = 1e-3                    # of AdamW, and of what Muon leaves to it
+  muon_lr: float = 2e-2               # of the matrices under Muon
+  schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+  warmup_steps: int = 100
+  decay_fraction: float = 0.2         # WSD: share of the run in the final linear decay
+  final_lr_fraction: float = 0.0      # of the peak, at the last step
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1           # of matrices only
+  clip_norm: float = 1.0              # global gradient norm; 0 turns clipping off
+
+  def __post_init__(self):
+    self._check_choices()
+    self._check_at_least(0, "lr", "muon_lr", "warmup_steps", "weight_decay", "clip_norm")
+    self._check_unit_interval("decay_fraction", "final_lr_fraction", "b1", "b2")
+    _require(self.eps > 0, f"optim.eps is {self.eps}; it must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(_Checked):
+  """The run: length, loss, what is logged, saved and tolerated."""
+
+  steps: int = 1000
+  grad_accum: int = 1                 # micro-batches per optimizer step
+  z_loss: float = 0.0                 # weight of mean(logsumexp(logits) ** 2)
+  loss_chunk: int = 0                 # tokens per row whose logits exist at once; 0: all
+  seed: int = 0                       # of the initial weights
+  log_every: int = 10                 # steps
+  eval_every: int = 250               # steps; 0: only at the end
+  eval_batches: int = 8
+  checkpoint_every: int = 250         # steps; 0: only at the end
+  keep_checkpoints: int = 3
+  spike_factor: float = 10.0          # skip a step whose gradient norm exceeds this x its average; 0: off
+  max_bad_steps: int = 5              # consecutive skipped steps that stop the run
+  tensorboard: bool = False
+
+  def __post_init__(self):
+    self._check_choices()
+    self._check_at_least(1, "steps", "grad_accum", "log_every", "eval_batches",
+                         "keep_checkpoints", "max_bad_steps")
+    self._check_at_least(0, "z_loss", "loss_chunk", "seed", "eval_every", "checkpoint_every",
+                         "spike_factor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(_Checked):
+  """Devices along each mesh axis; -1 on at most one axis takes what the others leave."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+  expert: int = 1
+  context: int = 1
+
+  def __post_init__(self):
+    self._check_choices()
+    sizes = [getattr(self, axis) for axis in MESH_AXES]
+    for axis, size in zip(MESH_AXES, sizes):
+      _require(size == -1 or size >= 1, f"mesh.{axis} is {size}; it must be at least 1, or -1")
+    _require(sizes.count(-1) <= 1, "mesh: only one axis can be -1")
+    _require(self.context == 1,
+             f"mesh.context is {self.context}; attention is not yet split along the sequence, "
+             "so it must be 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_Checked):
+  """Everything a run depends on."""
+
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+  def __post_init__(self):
+    _require(self.data.batch_size % self.train.grad_accum == 0,
+             f"data.batch_size={self.data.batch_size} is not a multiple of "
+             f"train.grad_accum={self.train.grad_accum}")
+    _require(self.train.loss_chunk == 0 or self.data.seq_len % self.train.loss_chunk == 0,
+             f"data.seq_len={self.data.seq_len} is not a multiple of "
+             f"train.loss_chunk={self.train.loss_chunk}")
+    _require(self.optim.warmup_steps <= self.train.steps,
+             f"optim.warmup_steps={self.optim.warmup_steps} exceeds "
+             f"train.steps={self.train.steps}")
+
+
+def load(path: str) -> Config:
+  """Runs `get_config` of a config file: `"configs/tiny.py"` or `"configs/tiny.py:full"`.
+
+  Raises:
+    UserError: no such file, no `get_config`, or a config that fails its checks.
+  """
+  filename, _, arg = path.partition(":")
+  file = pathlib.Path(filename)
+  if not file.is_file():
+    near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise UserError(f"no config file {filename}{hint}")
+  spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+  if spec is None or spec.loader is None:
+    raise UserError(f"{filename} is not a Python file; give a config such as configs/tiny.py")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise UserError(f"{filename}: {error}") from error
+  if not hasattr(module, "get_config"):
+    raise UserError(f"{filename} defines no get_config(arg=None)")
+  try:
+    cfg = module.get_config(arg) if arg else module.get_config()
+  except TypeError as error:
+    raise UserError(f"{filename}: {error}") from error
+  _require(isinstance(cfg, Config), f"{filename}: get_config returned {type(cfg).__name__}, "
+                                    "not hysparse_jax.config.Config")
+  return cfg
+
+
+def override(cfg, assignment: str):
+  """`override(cfg, "model.window=64")`: a copy with that one field changed, type-checked.
+
+  Raises:
+    UserError: no such field, a value of the wrong type, or a combination that cannot be.
+  """
+  path, equals, text = assignment.partition("=")
+  _require(bool(equals), f"override {assignment!r} has no '='; write it as model.window=64")
+  return _override(cfg, path.strip().split("."), text.strip(), path.strip())
+
+
+def _override(cfg, names, text, path):
+  kinds = typing.get_type_hints(type(cfg))
+  name = names[0]
+  if name not in kinds:
+    near = difflib.get_close_matches(name, kinds, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{path}: {type(cfg).__name__} has no field {name!r}{hint} "
+                    f"(fields: {', '.join(kinds)})")
+  current = getattr(cfg, name)
+  if len(names) > 1:
+    if current is None:
+      raise UserError(f"{path}: {name} is not set in this config; start from one that sets it "
+                      "(for moe: configs/tiny_moe.py)")
+    _require(dataclasses.is_dataclass(current), f"{path}: {name} is a value, it has no fields")
+    return dataclasses.replace(cfg, **{name: _override(current, names[1:], text, path)})
+  _require(not dataclasses.is_dataclass(current) or text == "None",
+           f"{path}: {name} is a section; set one of its fields, such as "
+           f"{path}.{next(iter(typing.get_type_hints(type(current))), '')}")
+  kind = kinds[name]
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if not _fits(value, kind) and _fits(text, kind):
+    value = text
+  if not _fits(value, kind):
+    raise UserError(f"{path}={text}: expected {_spell(kind)}, got {type(value).__name__}")
+  return dataclasses.replace(cfg, **{name: value})
+
+
+def _fits(value, kind) -> bool:
+  if typing.get_origin(kind) is Literal:
+    return isinstance(value, str)
+  kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+  if float in kinds and type(value) is int:
+    return True
+  return type(value) in kinds
+
+
+def _spell(kind) -> str:
+  if typing.get_origin(kind) is Literal:
+    return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+  return " or ".join("None" if k is type(None) else k.__name__
+                     for k in (typing.get_args(kind) or (kind,)))
+
+
+def to_dict(cfg) -> dict:
+  """The config as nested plain dicts, ready for JSON."""
+  return dataclasses.asdict(cfg)
+
+
+def from_dict(values: dict) -> Config:
+  """The inverse of `to_dict`; rejects unknown fields."""
+  return _from_dict(Config, values, "config")
+
+
+def _from_dict(cls, values, path):
+  kinds = typing.get_type_hints(cls)
+  unknown = sorted(set(values) - set(kinds))
+  _require(not unknown, f"{path} has unknown fields {unknown}; it was written by another version")
+  built = {}
+  for name, value in values.items():
+    options = typing.get_args(kinds[name]) or (kinds[name],)
+    section = next((k for k in options if dataclasses.is_dataclass(k)), None)
+    built[name] = (_from_dict(section, value, f"{path}.{name}")
+                   if section is not None and value is not None else value)
+  return cls(**built)
+
+
+def to_text(cfg) -> str:
+  """The resolved config, one `a.b = value` per line: what golden files hold and diffs show."""
+  lines = []
+
+  def walk(prefix, section):
+    for field in dataclasses.fields(section):
+      value = getattr(section, field.name)
+      if dataclasses.is_dataclass(value):
+        walk(f"{prefix}{field.name}.", value)
+      else:
+        lines.append(f"{prefix}{field.name} = {value!r}")
+
+  walk("", cfg)
+  return "\n".join(lines) + "\n"
