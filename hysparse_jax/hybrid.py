@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hysparse_jax import cache as kv_cache
 from hysparse_jax.cache import GroupCache, SharedKV
-from hysparse_jax.config import LayerGroup, ModelConfig
+from hysparse_jax.config import ModelConfig
 from hysparse_jax.layers import Mlp, ones, rms_norm, rotary, scaled_normal, stacked, weight, zeros
 from hysparse_jax.moe import Experts, RouterStats
 from hysparse_jax.sharding import constrain, per_device
@@ -302,7 +302,7 @@ class HybridStack(nnx.Module):
 def by_layer(cfg: ModelConfig, stats) -> list[LayerStats]:
   """The stack's statistics as one `LayerStats` per layer, in order."""
   layers = []
-  for LayerGroup(count, num_sparse), (full, sparse) in zip(cfg.layer_groups, stats):
+  for (count, num_sparse), (full, sparse) in zip(cfg.layer_groups, stats):
     for c in range(count):
       layers.append(jax.tree.map(lambda leaf, c=c: leaf[c], full))
       for m in range(num_sparse):
