@@ -128,7 +128,8 @@ class TrainStream:
       while held:
         yield next(held[0])
     finally:
-      _close(held)
+      while held:   # spelled out: at exit, this module's names may be gone
+        held.pop().close()
 
   def _worker_batches(self):
     if self._folder is None:
