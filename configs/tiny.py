@@ -3,7 +3,7 @@
     python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
     the twins, same everything but the attention: configs/tiny.py:full, configs/tiny.py:swa
 
-Stands for the 7B comparisons of HySparse at a size anyone can run; block, selection and
+Stands for the paper's 7B comparisons at a size anyone can run; block, selection and
 window shrink with the 512-token rows, so that the selection is a quarter of them.
 Corpus: the Python source of the standard library. Hardware: two CPU cores, meant to take about two
 minutes and to end well under the unigram entropy. Not run yet: no time or metric of our own.

@@ -3,7 +3,7 @@
     python -m experiments.train --config=configs/tiny_moe.py --workdir=runs/tiny_moe
     the twins: configs/tiny_moe.py:full, configs/tiny_moe.py:swa
 
-Stands for the 80B-A3B model of HySparse as configs/tiny.py does for the 7B.
+Stands for the paper's 80B-A3B model as configs/tiny.py does for the 7B.
 Hardware: two CPU cores. Not run yet: no time or metric of our own.
 """
 
