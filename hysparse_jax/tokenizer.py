@@ -5,7 +5,9 @@ byte vocabulary is exactly 256 and every id the model sees is text.
 """
 
 import hashlib
+import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +16,7 @@ from hysparse_jax.config import DataConfig
 from hysparse_jax.errors import UserError
 
 _BATCH = 256            # documents per call into `tokenizers`: bounds what it holds at once
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _INVALID_BYTE = 0xFF    # occurs nowhere in UTF-8, so it decodes to U+FFFD
 
 
@@ -22,6 +25,7 @@ class ByteTokenizer:
 
   vocab_size = 256
   fingerprint = "byte"
+  byte_lengths = np.ones(256, np.int64)
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Ids i32 [T]. Bytes are taken as they are, valid UTF-8 or not."""
@@ -61,10 +65,11 @@ class HuggingFaceTokenizer:
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     # Ids may have holes; the embedding must cover the largest.
-    ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-    self.vocab_size = max(ids, default=-1) + 1
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(vocabulary.values(), default=-1) + 1
     if self.vocab_size == 0:
       raise UserError(f"{path}: the vocabulary is empty; train the tokenizer first")
+    self.byte_lengths = _byte_lengths(self._tokenizer, vocabulary, self.vocab_size)
     self.fingerprint = "tokenizer.json sha256:" + hashlib.sha256(data).hexdigest()
 
   def encode(self, text: str | bytes) -> np.ndarray:
@@ -94,13 +99,36 @@ class HuggingFaceTokenizer:
 def load_tokenizer(cfg: DataConfig) -> ByteTokenizer | HuggingFaceTokenizer:
   """The tokenizer of `cfg.tokenizer`: `"byte"` or the path of a `tokenizer.json`.
 
-  Both have `vocab_size`, `encode(str | bytes) -> i32 [T]`, `decode(ids) -> str` and a
-  `fingerprint` that changes with the ids they give.
+  Both have `vocab_size`, `encode(str | bytes) -> i32 [T]`, `decode(ids) -> str`, `byte_lengths`
+  i64 [V], the UTF-8 bytes each id stands for, and a `fingerprint` that changes with the ids.
 
   Raises:
     UserError: no such file, not a tokenizer, or the `tokenizers` package is missing.
   """
   return ByteTokenizer() if cfg.tokenizer == "byte" else HuggingFaceTokenizer(cfg.tokenizer)
+
+
+def _byte_lengths(tokenizer, vocabulary, size) -> np.ndarray:
+  """i64 [V]. Exact for byte-level and byte-fallback vocabularies, which keep every byte.
+
+  Byte-level spells each byte as one character. Elsewhere a token is its own spelling, with
+  "\u2581" for a space and <0xAB> for a byte; what such a tokenizer normalises away is not counted.
+  """
+  decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+  steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
+  added = {id_: token.content for id_, token in tokenizer.get_added_tokens_decoder().items()}
+  prefix = steps.get("WordPiece", {}).get("prefix", "")
+  lengths = np.zeros(size, np.int64)
+  for token, id_ in vocabulary.items():
+    if id_ in added:
+      lengths[id_] = len(added[id_].encode())
+    elif "ByteLevel" in steps:
+      lengths[id_] = len(token)
+    elif "ByteFallback" in steps and _BYTE_TOKEN.fullmatch(token):
+      lengths[id_] = 1
+    else:
+      lengths[id_] = len(token.removeprefix(prefix).replace("\u2581", " ").encode())
+  return lengths
 
 
 def _starts(lengths) -> np.ndarray:

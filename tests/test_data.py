@@ -1,3 +1,4 @@
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -208,18 +209,24 @@ def test_hosts_and_workers_do_not_change_the_batches(cfg, workers):
   steps, first = 6, 2
   whole = data.TrainStream(cfg)
   want = sha(whole.batch(step) for step in range(first, first + steps))
+
+  def take(host, hosts):
+    stream = data.TrainStream(dataclasses.replace(cfg, workers=workers), host, hosts)
+    assert stream.fingerprint == whole.fingerprint
+    iterator = stream.iterator(first)
+    taken = [next(iterator) for _ in range(steps)]
+    iterator.close()
+    assert_same(stream.batch(first), taken[0])
+    return taken
+
+  places = [(host, hosts) for hosts in (1, 2, 4) for host in range(hosts)]
+  with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+    taken = dict(zip(places, pool.map(take, *zip(*places))))
   for hosts in (1, 2, 4):
-    streams = [data.TrainStream(dataclasses.replace(cfg, workers=workers), host, hosts)
-               for host in range(hosts)]
-    iterators = [stream.iterator(first) for stream in streams]
-    taken = [[next(iterator) for iterator in iterators] for _ in range(steps)]
-    for iterator in iterators:
-      iterator.close()
-    got = [data.Batch(*map(np.concatenate, zip(*slices))) for slices in taken]
+    slices = zip(*(taken[host, hosts] for host in range(hosts)))
+    got = [data.Batch(*map(np.concatenate, zip(*parts))) for parts in slices]
     assert sha(got) == want, f"{hosts} hosts, {workers} workers"
-    assert streams[-1].fingerprint == whole.fingerprint
-    assert_same(streams[-1].batch(first), taken[0][-1])
-    assert len(taken[0][0].tokens) == B // hosts
+    assert len(taken[0, hosts][0].tokens) == B // hosts
 
 
 def test_batch_is_a_pure_function_of_the_step(cfg):
@@ -250,23 +257,31 @@ def test_splitmix64_gives_its_published_stream():
   assert data._mix(states).tolist() == [6457827717110365317, 3203168211198807973]
 
 
-def test_workers_end_with_a_killed_parent_and_leave_nothing(cfg, tmp_path):
+@pytest.mark.parametrize("workers, ending, status", [
+  (2, "os.kill(os.getpid(), signal.SIGKILL)", -9), (2, "pass", 0), (0, "pass", 0)])
+def test_an_open_iterator_ends_with_its_process(cfg, tmp_path, workers, ending, status):
   # In a fresh interpreter absl flags are unparsed, as in a notebook. Workers inherit stdout, so
-  # reading it to its end means waiting for them.
+  # reading it to its end means waiting for them. A SIGTERM of theirs is the parent's business.
   script = f"""
-import os, signal
+import multiprocessing, os, signal
 from hysparse_jax import data
 from hysparse_jax.config import DataConfig
 batches = data.TrainStream(DataConfig(source={cfg.source!r}, seq_len=64, batch_size=4,
-                                      heldout_fraction=0.15, workers=2)).iterator(0)
-next(batches)
-print(len(os.listdir(os.environ["TMPDIR"])), flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+                                      heldout_fraction=0.15, workers={workers})).iterator(0)
+next(batches), next(batches)   # one of each worker
+for worker in multiprocessing.active_children():
+  os.kill(worker.pid, signal.SIGTERM)
+for _ in range(20):
+  next(batches)
+print(len(multiprocessing.active_children()), len(os.listdir(os.environ["TMPDIR"])), flush=True)
+{ending}
 """
   done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
                         env={"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}, check=False)
-  assert (done.returncode, done.stdout) == (-9, "1\n"), done.stderr
+  assert (done.returncode, done.stdout) == (status, f"{workers} {int(workers > 0)}\n"), done.stderr
   assert list(tmp_path.iterdir()) == []
+  if status == 0:
+    assert done.stderr == ""
 
 
 # Recipe
@@ -412,6 +427,7 @@ def test_byte_tokenizer():
   assert tokenizer.decode(ids[:8]) == "naïve \ufffd"   # in the middle of the emoji
   assert tokenizer.decode([104, 105, 256, -1, 300]) == "hi\ufffd\ufffd\ufffd"
   assert tokenizer.decode([]) == ""
+  assert tokenizer.byte_lengths.tolist() == [1] * 256
 
 
 def test_hugging_face_tokenizer(cfg, tokenizer_json):
@@ -424,12 +440,34 @@ def test_hugging_face_tokenizer(cfg, tokenizer_json):
   assert tokenizer.encode(text.encode()).tolist() == ids.tolist()
   assert tokenizer.decode(ids[:-1]).startswith("<001>éé naïve ")
   assert tokenizer.decode([5_000, -1]) == ""
+  assert len(tokenizer.byte_lengths) == tokenizer.vocab_size
+  for some in (*DOCUMENTS, text, "a<s>b"):
+    assert tokenizer.byte_lengths[tokenizer.encode(some)].sum() == len(some.encode())
   stream, known = data.TrainStream(cfg), train_documents(cfg)
   assert stream.tokens_per_epoch < sum(map(len, known))
   steps = stream.tokens_per_epoch // (B * T)
   tokens = np.concatenate([stream.batch(step).tokens.reshape(-1) for step in range(steps)])
   visits = read_back(tokenizer.decode(tokens).rpartition("<")[0].encode(), known)
   assert len(set(visits)) == len(visits) > 0.5 * len(known)
+
+
+def test_byte_lengths_of_a_vocabulary_with_byte_fallback(cfg, tmp_path):
+  tokenizers = pytest.importorskip("tokenizers")
+  vocabulary = ["<unk>", "\u2581", "a", "ü", "\u2581a", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+    {token: i for i, token in enumerate(vocabulary)}, [("\u2581", "a")], byte_fallback=True,
+    unk_token="<unk>"))
+  tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+  tokenizer.decoder = tokenizers.decoders.Sequence([
+    tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
+    tokenizers.decoders.Fuse()])
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  loaded = data.load_tokenizer(dataclasses.replace(cfg, tokenizer=str(tmp_path / "tokenizer.json")))
+  assert loaded.byte_lengths.tolist() == [5, 1, 1, 2, 2, 1, 1, 1, 1]
+  ids = loaded.encode("a aü 🙂")
+  assert loaded.decode(ids) == "a aü 🙂"
+  assert loaded.byte_lengths[ids].sum() == len("a aü 🙂".encode())
+  assert loaded.decode(ids[:-1]).startswith("a aü ")
 
 
 def test_missing_tokenizers_package(monkeypatch, cfg):
