@@ -89,3 +89,64 @@ def heat_map(values, x_labels, y_labels, path, *, title: str, x_name: str, y_nam
               fontsize=8)
   figure.colorbar(image)
   return _save(figure, path)
+
+
+def block_map(picked: dict, path, *, block_size: int):
+  """Which key blocks each token picks: a panel per full layer, rows tokens, columns key blocks.
+
+  Args:
+    picked: layer -> i32 [T, P] of one KV head, -1 for none.
+    path: of the PNG.
+    block_size: keys per block, for the causal edge.
+  """
+  figure, axes = plt.subplots(1, len(picked), figsize=(1.5 + 3.2 * len(picked), 5), sharey=True,
+                              squeeze=False)
+  for axis, (layer, blocks) in zip(axes[0], picked.items()):
+    blocks = np.asarray(blocks)
+    tokens = len(blocks)
+    columns = -(-tokens // block_size)
+    chosen = np.zeros((tokens, columns + 1))
+    np.put_along_axis(chosen, np.where(blocks < 0, columns, blocks), 1.0, axis=1)
+    axis.imshow(chosen[:, :columns], aspect="auto", interpolation="nearest", cmap="Blues",
+                vmin=0, vmax=1, extent=(0, columns, tokens, 0))
+    axis.plot([0, columns], [0, columns * block_size], color="tab:red", linewidth=0.8)
+    axis.set(xlabel="key block", title=f"layer {layer}", xlim=(0, columns), ylim=(tokens, 0))
+  axes[0, 0].set_ylabel("token")
+  figure.suptitle("Blocks each token picks (first KV head); red: the token itself")
+  return _save(figure, path)
+
+
+def coverage_by_layer(layers, path):
+  """Attention mass the shared selection covers: a bar per layer, f in [0, 1].
+
+  Args:
+    layers: (layer, layers since the full one, coverage) triples.
+    path: of the PNG.
+  """
+  number, distance, share = (np.asarray(column) for column in zip(*layers))
+  figure, axis = plt.subplots(figsize=(2 + 0.45 * len(layers), 4))
+  colors = np.where(distance == 0, "tab:red", "tab:blue")
+  bars = axis.bar(number, share, color=colors)
+  axis.bar_label(bars, fmt="%.2f", fontsize=7)
+  axis.set(xlabel="layer (red: the full layer that selects)", ylabel="share of attention mass",
+           title="Mass the selected blocks cover", ylim=(0, 1.08), xticks=number)
+  return _save(figure, path)
+
+
+def overlap_by_layer(unions: dict, path):
+  """Distinct blocks among w consecutive tokens' picks, a line per full layer.
+
+  Args:
+    unions: layer -> {w: mean number of distinct blocks}, w = 1 being what one token picks.
+    path: of the PNG.
+  """
+  figure, axis = plt.subplots(figsize=(6, 4))
+  for layer, union in unions.items():
+    axis.plot(list(union), list(union.values()), marker="o", label=f"layer {layer}")
+  axis.set_xscale("log", base=2)
+  axis.set(xlabel="consecutive tokens w", ylabel="distinct blocks, mean",
+           title="Union of neighbouring tokens' selections")
+  axis.set_ylim(bottom=0)
+  axis.legend(fontsize=7, ncol=2)
+  axis.grid(alpha=0.3)
+  return _save(figure, path)

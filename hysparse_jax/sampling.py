@@ -37,7 +37,8 @@ def sample_token(logits, key, *, temperature: float = 1.0, top_k: int = 0, top_p
   keep = jnp.ones_like(ranked, bool) if top_k == 0 else jnp.broadcast_to(rank < top_k, ranked.shape)
   probability = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
   before = jnp.cumsum(probability, axis=-1) - probability
-  keep &= (before < top_p) | (rank == 0)
+  if top_p < 1:     # at 1 the sum's rounding would cut the tail
+    keep &= (before < top_p) | (rank == 0)
   choice = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf), axis=-1)
   token = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
   return jnp.where(broken, -1, token).astype(jnp.int32)
@@ -55,7 +56,7 @@ def _decode(model: Transformer, tokens, cache):
 
 def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop_tokens: tuple[int, ...] = (),
-             on_token: Callable[[np.ndarray], None] | None = None) -> np.ndarray:
+             on_token: Callable[[np.ndarray], bool | None] | None = None) -> np.ndarray:
   """Continues every row of a prompt.
 
   Args:
@@ -65,7 +66,7 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     temperature, top_k, top_p: as in `sample_token`.
     seed: of the draws; the same seed gives the same text.
     stop_tokens: a row that draws one of them is done and repeats it from there on.
-    on_token: called with each step's tokens, i32 [B], as they come.
+    on_token: called with each step's tokens, i32 [B], as they come; returning True ends it.
 
   Returns:
     i32 [B, up to max_new_tokens], shorter when every row is done before.
@@ -74,10 +75,13 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     UserError: an empty prompt, a token outside the vocabulary, an impossible setting.
     FloatingPointError: the model's logits are NaN.
   """
-  prompt = np.asarray(prompt, np.int32)
-  if prompt.ndim != 2 or prompt.shape[1] == 0:
+  prompt = np.asarray(prompt)
+  if prompt.ndim != 2:
+    raise UserError(f"the prompt has shape {prompt.shape}; give rows of tokens, [B, T]")
+  if prompt.size == 0:
     raise UserError(f"the prompt is empty (shape {prompt.shape}); give at least one token per row")
   check_tokens(prompt, model.cfg.vocab_size)
+  prompt = prompt.astype(np.int32)
   _check_settings(max_new_tokens, temperature, top_k, top_p)
   batch, length = prompt.shape
   cache = model.init_cache(batch, length + max_new_tokens)
@@ -98,13 +102,106 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     if out:
       tokens = np.where(done, out[-1], tokens)
     out.append(tokens)
-    if on_token is not None:
-      on_token(tokens)
+    ended = on_token is not None and on_token(tokens)
     done |= np.isin(tokens, stop_tokens)
-    if done.all() or index == max_new_tokens - 1:
+    if ended or done.all() or index == max_new_tokens - 1:
       break
     logits, cache = _decode(model, tokens, cache)
   return np.stack(out, axis=1)
+
+
+def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: int, *,
+                  stop: str | None = None, on_text: Callable[[str], None] | None = None,
+                  **settings) -> str:
+  """Continues a text: what follows `prompt`, up to and without the first `stop`.
+
+      cfg, model, tokenizer, step = load_run("runs/tiny")       # of experiments.train
+      print(generate_text(model, tokenizer, "def main(", 200, temperature=0.8, seed=1))
+
+  Args:
+    model: a Transformer.
+    tokenizer: has `encode(str) -> i32 [T]` and `decode(ids) -> str`.
+    prompt: at least one token long.
+    max_new_tokens: how many to add at most.
+    stop: ends the text where it would begin; None: nothing does.
+    on_text: called with each further piece of the text as soon as later tokens cannot change it.
+    **settings: temperature, top_k, top_p, seed and stop_tokens of `generate`.
+
+  Raises:
+    UserError, FloatingPointError: as `generate`, and for an empty stop string.
+  """
+  if stop == "":
+    raise UserError("the stop string is empty; leave it out to stop nowhere")
+  try:
+    prompt.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"the prompt is not valid Unicode at character {error.start}; give UTF-8 "
+                    "text") from error
+  stream = TextStream(tokenizer, stop)
+  shown = []
+
+  def show(text):
+    shown.append(text)
+    if on_text is not None and text:
+      on_text(text)
+
+  def on_token(tokens):
+    show(stream.add(int(tokens[0])))
+    return stream.stopped
+
+  generate(model, np.asarray(tokenizer.encode(prompt))[None], max_new_tokens, on_token=on_token,
+           **settings)
+  show(stream.finish())
+  return "".join(shown)
+
+
+class TextStream:
+  """Tokens in, text out, never a piece that a later token could change.
+
+  Held back are up to three replacement characters at the end, which may be the first bytes of a
+  character, and an end of the text that may be the beginning of the stop string.
+  """
+
+  def __init__(self, tokenizer, stop: str | None = None):
+    self._tokenizer = tokenizer
+    self._stop = stop
+    self._ids = []
+    self._shown = 0          # characters given out
+    self.stopped = False     # the stop string came; nothing follows
+
+  def add(self, token: int) -> str:
+    """The text that is certain now and was not before; may be empty."""
+    self._ids.append(token)
+    text = self._tokenizer.decode(self._ids)
+    return self._up_to(text, len(text) - _unfinished(text))
+
+  def finish(self) -> str:
+    """The rest: no token follows."""
+    text = self._tokenizer.decode(self._ids)
+    return self._up_to(text, len(text), last=True)
+
+  def _up_to(self, text, end, last=False):
+    if self.stopped:
+      return ""
+    if self._stop is not None:
+      found = text.find(self._stop, 0, end)
+      if found >= 0:
+        self.stopped, end = True, found
+      elif not last:
+        end -= _overlap(text[:end], self._stop)
+    start, self._shown = self._shown, max(self._shown, end)
+    return text[start:end]
+
+
+def _unfinished(text: str) -> int:
+  """How many characters at the end may turn into others with the next byte."""
+  return min(len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}")), 3)
+
+
+def _overlap(text: str, stop: str) -> int:
+  """The length of the longest end of `text` that `stop` begins with, not counting all of it."""
+  return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1)
+               if text.endswith(stop[:length])), 0)
 
 
 def _check_settings(max_new_tokens, temperature, top_k, top_p):
