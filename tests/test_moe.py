@@ -251,3 +251,15 @@ def test_every_moe_field_changes_the_program():
   for change in (dict(num_experts=16), dict(experts_per_token=3), dict(d_ff=16),
                  dict(normalize_weights=False), dict(bias_update_rate=0.1)):
     assert program(dataclasses.replace(base, **change)) != program(base), change
+
+
+@pytest.mark.parametrize("platform,present,absent", [("tpu", "ragged_dot", "stablehlo.while"),
+                                                     ("cuda", "ragged_dot", "stablehlo.while"),
+                                                     ("cpu", "stablehlo.while", "ragged_dot")])
+def test_platform_picks_the_implementation(platform, present, absent):
+  def both_passes(x, w, sizes):
+    return jax.grad(lambda x, w: jnp.sum(moe.grouped_matmul(x, w, sizes)), argnums=(0, 1))(x, w)
+
+  arguments = jnp.zeros((64, 4)), jnp.zeros((3, 4, 5)), jnp.zeros(3, jnp.int32)
+  text = jax.export.export(jax.jit(both_passes), platforms=[platform])(*arguments).mlir_module()
+  assert present in text and absent not in text
