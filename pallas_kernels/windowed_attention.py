@@ -33,13 +33,13 @@ def windowed_attention(queries, keys, *, window, sinks):
   band = min(max(BAND[0], min(window // 2, BAND[1])), num_queries)
   num_bands = math.ceil(num_queries / band)
   lookback = math.ceil((window - 1) / band)      # earlier bands that a band's queries reach into
-  queries = jax.tree.map(lambda x: _bands(x, 0, num_bands, band), queries)
   front = lookback * band - (window - 1)
+  queries = jax.tree.map(lambda x: _bands(x, 0, num_bands, band), queries)
   keys = {name: None if x is None else
           _bands(x, front, num_bands + lookback, band, fill=-1 if name == "position" else 0)
           for name, x in keys.items()}
   keys = jax.tree.map(lambda x: jnp.concatenate(
-    [x[i:i + num_bands] for i in range(lookback + 1)], axis=2), keys)
+    [x[:, i:i + num_bands] for i in range(lookback + 1)], axis=2), keys)
 
   def attend(arrays):
     query, key = arrays
@@ -50,17 +50,19 @@ def windowed_attention(queries, keys, *, window, sinks):
     return masked_attention(query["q"], key["k"], key["v"], visible, sinks=sinks)[0]
 
   band_scores = batch * num_heads * band * band * (lookback + 1)
-  if band_scores * num_bands <= KEPT_SCORES:
-    out = jax.vmap(attend)((queries, keys))
+  if band_scores * num_bands <= KEPT_SCORES:      # every band is a row of one larger batch
+    out = attend(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (queries, keys)))
+    out = out.reshape(batch, num_bands, *out.shape[1:])
   else:
-    out = jax.lax.map(jax.checkpoint(attend), (queries, keys),
+    by_band = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (queries, keys))
+    out = jax.lax.map(jax.checkpoint(attend), by_band,
                       batch_size=min(max(CHUNK_SCORES // band_scores, 1), num_bands))
-  out = jnp.moveaxis(out, 0, 1)
+    out = jnp.moveaxis(out, 0, 1)
   return out.reshape(batch, num_bands * band, *out.shape[3:])[:, :num_queries]
 
 
 def _bands(x, front, num_bands, band, fill=0):
-  """[B,T,...] -> [num_bands,B,band,...], with `front` rows of `fill` before, the rest behind."""
+  """[B,T,...] -> [B,num_bands,band,...], with `front` rows of `fill` before, the rest behind."""
   behind = num_bands * band - front - x.shape[1]
   x = jnp.pad(x, [(0, 0), (front, behind)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-  return jnp.moveaxis(x.reshape(x.shape[0], num_bands, band, *x.shape[2:]), 1, 0)
+  return x.reshape(x.shape[0], num_bands, band, *x.shape[2:])
