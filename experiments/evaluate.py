@@ -18,6 +18,7 @@ import pathlib
 from typing import NamedTuple
 
 from absl import flags
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -92,14 +93,12 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
     tasks = ALL_TASKS if has_oracle else ALL_TASKS[:2]
   rows = []
   for task in tasks:
-    row, tables, paths = {"heldout": _heldout, "needle": _needle, "oracle": _oracle}[task](
+    row, shown, paths = {"heldout": _heldout, "needle": _needle, "oracle": _oracle}[task](
       run, settings)
     rows.append({"task": task, "step": step, **row, "plots": [str(path) for path in paths]})
     if console is not None:
-      for table in tables:
-        console.print(table)
-      for path in paths:
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+      for part in (*shown, *(f"wrote {path}" for path in paths), ""):
+        console.print(part, soft_wrap=isinstance(part, str), highlight=False)
   return rows
 
 
@@ -115,14 +114,13 @@ def _heldout(run, settings):
   seq_len = batches[0].tokens.shape[1]
   result = heldout(run.model, batches, run.tokenizer,
                    chunk if chunk and seq_len % chunk == 0 else 0)
-  table = Table("position", "tokens", "nats/token", title="held-out loss")
+  table = Table("position", "tokens", "nats/token", box=box.SIMPLE_HEAD)
   for start, end, loss, tokens in result.by_position:
     table.add_row(f"{start:,} to {end - 1:,}", f"{tokens:,}", f"{loss:.4f}")
-  table.add_section()
-  table.add_row("all", f"{result.tokens:,}", f"{result.loss:.4f}")
-  table.caption = f"{result.bits_per_byte:.4f} bits per byte, rows of {seq_len:,} tokens"
+  note = (f"held-out: {result.bits_per_byte:.4f} bits per byte, {result.loss:.4f} nats per token; "
+          f"rows of {seq_len:,} tokens")
   by_position = [bucket._asdict() for bucket in result.by_position]
-  return {**result._asdict(), "by_position": by_position, "seq_len": seq_len}, [table], []
+  return {**result._asdict(), "by_position": by_position, "seq_len": seq_len}, [note, table], []
 
 
 def _needle(run, settings):
@@ -133,12 +131,12 @@ def _needle(run, settings):
   haystack, _ = run.tokenizer.encode_documents(documents)
   result = needle(run.model, run.tokenizer, haystack, lengths, settings.depths, settings.samples,
                   settings.needle_seed, settings.distractors)
-  table = Table("depth", *(f"{length:,} tokens" for length in result.lengths),
-                title="needle: values recalled (value tokens right, one by one)")
+  table = Table("depth", *(f"{length:,} tokens" for length in result.lengths), box=box.SIMPLE_HEAD)
   for depth, exact, tokens in zip(result.depths, result.accuracy, result.token_accuracy):
     table.add_row(f"{depth:g}", *(f"{a:.2f} ({b:.2f})" for a, b in zip(exact, tokens)))
-  table.caption = (f"{settings.samples} puzzles per cell, {settings.distractors} distractors; mean "
-                   f"log-likelihood {result.log_likelihood.mean():.2f} nats per value token")
+  note = (f"needle: values recalled (value tokens right, one by one); {settings.samples} puzzles "
+          f"per cell, {settings.distractors} distractors; mean log-likelihood "
+          f"{result.log_likelihood.mean():.2f} nats per value token")
   from hysparse_jax import plots  # matplotlib is slow to import
   paths = [
     plots.heat_map(values, [f"{length:,}" for length in result.lengths],
@@ -150,34 +148,33 @@ def _needle(run, settings):
   row = {name: getattr(result, name).tolist()
          for name in ("accuracy", "token_accuracy", "log_likelihood")}
   return {"lengths": list(result.lengths), "depths": list(result.depths), **row,
-          "samples": settings.samples, "distractors": settings.distractors}, [table], paths
+          "samples": settings.samples, "distractors": settings.distractors}, [note, table], paths
 
 
 def _oracle(run, settings):
   batches = _batches(run, settings)
   result = oracle(run.model, batches)
   seq_len = batches[0].tokens.shape[1]
-  table = Table("layer", "kind", "mass covered", "new/token",
-                *(f"U({width})" for width in UNION_TOKENS), "sparse gate", "local gate",
-                title="oracle: selections and gates by layer")
+  table = Table("layer", "behind", "mass", "new", *(f"U({width})" for width in UNION_TOKENS),
+                "sparse", "local", box=box.SIMPLE_HEAD)
   show = lambda value, spelling=".2f": "-" if value is None else f"{value:{spelling}}"
   for layer in result.layers:
     overlap = layer.overlap
     union = {} if overlap is None else overlap.union
     table.add_row(
-      str(layer.layer), f"sparse +{layer.distance}" if layer.distance else "full",
+      str(layer.layer), f"+{layer.distance}" if layer.distance else "full",
       show(layer.coverage, ".3f"), show(overlap and overlap.new_per_token),
       *(show(union.get(width), ".1f") for width in UNION_TOKENS), show(layer.gate_sparse),
       show(layer.gate_local))
   picks = run.cfg.model.num_blocks
-  table.caption = (f"U(w): distinct blocks among w consecutive tokens' {picks}; rows of "
-                   f"{seq_len:,} tokens, {result.choosing_tokens:,} tokens had more to choose from")
+  note = (f"oracle: behind = layers since the full one, mass = attention mass its {picks} blocks "
+          "cover, new = blocks new per token, U(w) = distinct blocks of w consecutive tokens, "
+          f"sparse and local = mean gates; rows of {seq_len:,} tokens, of which "
+          f"{result.choosing_tokens:,} could choose")
   if result.choosing_tokens == 0:
-    table.caption = (f"no token of these rows of {seq_len:,} tokens sees more than the {picks} "
-                     "blocks it picks; give a longer --seq_len")
-  mass = Table("layers since the full one", "mass covered", title="oracle: reach of a selection")
-  for distance, share in result.coverage_by_distance.items():
-    mass.add_row(str(distance), f"{share:.3f}")
+    note += f": none sees more than {picks} blocks, give a longer --seq_len"
+  reach = "mass covered by layers since the full one: " + ", ".join(
+    f"{distance}: {share:.3f}" for distance, share in result.coverage_by_distance.items())
 
   from hysparse_jax import plots  # matplotlib is slow to import
   paths = [
@@ -192,8 +189,9 @@ def _oracle(run, settings):
     paths.append(plots.overlap_by_layer(unions, run.plots / "oracle_overlap.png"))
   layers = [layer._asdict() | {"overlap": layer.overlap and layer.overlap._asdict()}
             for layer in result.layers]
-  return {"layers": layers, "coverage_by_distance": result.coverage_by_distance,
-          "choosing_tokens": result.choosing_tokens, "seq_len": seq_len}, [table, mass], paths
+  row = {"layers": layers, "coverage_by_distance": result.coverage_by_distance,
+         "choosing_tokens": result.choosing_tokens, "seq_len": seq_len}
+  return row, [note, table, reach], paths
 
 
 def _numbers(flag, kind):

@@ -1,5 +1,7 @@
 """Evaluation: held-out loss by position, needles, and the oracle's figures against brute force."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,20 +17,31 @@ from hysparse_jax.evals import oracle as oracle_eval
 from hysparse_jax.hybrid import by_layer
 from hysparse_jax.model import Transformer
 from hysparse_jax.tokenizer import ByteTokenizer
+from pallas_kernels import masked_attention
 from tests.tolerances import assert_close
 
-# Layers: full sparse sparse full sparse full. Three of up to twelve blocks are picked.
-CFG = ModelConfig(num_layers=6, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=16,
+# Layers: full sparse sparse, twice, and a last full one. Three of up to twelve blocks are picked.
+CFG = ModelConfig(num_layers=7, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=16,
                   sparse_per_full=2, block_size=4, selected_tokens=12, window=8, dtype="float32")
 T = 48
 
 
+def _new(cfg):
+  return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))()
+
+
 @pytest.fixture(scope="module")
 def model():
-  model = Transformer(CFG, rngs=nnx.Rngs(0))
+  model = _new(CFG)
   # Larger queries, so that attention is peaked and selections differ.
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: leaf * 4 if "wq" in jax.tree_util.keystr(path) else leaf, model)
+
+
+@pytest.fixture(scope="module")
+def small():
+  """Full, sparse, full; all of the 12 blocks are picked."""
+  return _new(dataclasses.replace(CFG, selected_tokens=T, num_layers=3, sparse_per_full=1))
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +122,8 @@ def test_unrolled_trace_is_the_model(model, batch):
   expected, stats = model.hidden(batch.tokens, batch.segment_ids)
   assert_close(hidden, expected, "unrolled_f32")
   stats = by_layer(CFG, stats)
-  assert [layer.layer for layer in layers] == list(range(6))
-  assert [layer.distance for layer in layers] == [0, 1, 2, 0, 1, 0]
+  assert [layer.layer for layer in layers] == list(range(7))
+  assert [layer.distance for layer in layers] == [0, 1, 2, 0, 1, 2, 0]
   for layer, stat in zip(layers, stats):
     for name in ("gate_sparse", "gate_local"):
       assert (getattr(layer, name) is None) == (getattr(stat, name) is None)
@@ -138,12 +151,11 @@ def test_coverage_is_the_definition(model, batch):
     assert np.isnan(traced.coverage[~real]).all()
     np.testing.assert_array_equal(traced.picked, picked)
   assert layers[1].coverage[real].mean() < 0.98      # it leaves something out
-  assert layers[5].coverage is None and layers[5].picked is None
+  assert layers[6].coverage is None and layers[6].picked is None
 
 
 @pytest.mark.parametrize("chunk_scores", [1, 5 * 2 * 4 * T])
 def test_coverage_in_chunks(chunk_scores, monkeypatch):
-  from pallas_kernels import masked_attention
   monkeypatch.setattr(masked_attention, "CHUNK_SCORES", chunk_scores)
   rng = np.random.default_rng(3)
   q, k = rng.normal(size=(2, T, 4, 8)), rng.normal(size=(2, T, 2, 8))
@@ -174,7 +186,7 @@ def test_union_sums_count_sets():
   assert list(sums) == [1, 2, 4, 8, 16, 32]
   for width, found in sums.items():
     assert found == _naive_unions(picked, measured, segments, width)
-  assert sums[32][1] == 0 or sums[32][0] > 0
+  assert sums[16][1] > 0
 
 
 def test_oracle_figures(model, batch):
@@ -185,9 +197,9 @@ def test_oracle_figures(model, batch):
   measured[0] = index >= 24                        # 7 to 12 blocks to choose 3 from
   measured[1] = (index >= 24) & (index < 42)       # from block 1 (shared) on: 6 and more
   assert result.choosing_tokens == measured.sum() == 24 + 18
-  for layer, traced in zip(result.layers[:5], layers):
+  for layer, traced in zip(result.layers[:6], layers):
     assert_close(layer.coverage, traced.coverage[measured].mean(), "coverage_f32")
-  assert result.layers[5].coverage is None and result.layers[5].overlap is None
+  assert result.layers[6].coverage is None and result.layers[6].overlap is None
   assert_close(result.coverage_by_distance[1],
                (result.layers[1].coverage + result.layers[4].coverage) / 2, "coverage_f32")
   overlap = result.layers[3].overlap
@@ -201,19 +213,17 @@ def test_oracle_figures(model, batch):
   assert set(result.picked) == {0, 3} and result.picked[0].shape == (T, 3)
 
 
-def test_picking_everything_covers_everything(batch):
+def test_picking_everything_covers_everything(small, batch):
   """P = 12 blocks of 12: the full layer's coverage is 1 to the last bit, and nobody chooses."""
-  import dataclasses
-  cfg = dataclasses.replace(CFG, selected_tokens=T)
-  result = oracle_eval.oracle(Transformer(cfg, rngs=nnx.Rngs(0)), [batch])
-  assert [layer.coverage for layer in result.layers] == [1.0] * 5 + [None]
+  result = oracle_eval.oracle(small, [batch])
+  assert [layer.coverage for layer in result.layers] == [1.0, 1.0, None]
   assert result.choosing_tokens == 0
   assert all(layer.overlap is None for layer in result.layers)
 
 
 def test_oracle_needs_an_oracle(batch):
-  full = Transformer(ModelConfig(attention="full", num_layers=1, d_model=8, num_heads=1,
-                                 num_kv_heads=1, head_dim=8, d_ff=8), rngs=nnx.Rngs(0))
+  full = _new(ModelConfig(attention="full", num_layers=1, d_model=8, num_heads=1, num_kv_heads=1,
+                          head_dim=8, d_ff=8))
   with pytest.raises(UserError, match="attention='full'"):
     oracle_eval.oracle(full, [batch])
 
@@ -273,13 +283,13 @@ def test_cell_is_what_it_says():
     assert starts[2] >= fill
 
 
-def test_needle_scores_are_the_models(model):
+def test_needle_scores_are_the_models(small):
   """The real path: generation through the cache agrees with one forward pass over the answer."""
   tokenizer = ByteTokenizer()
-  result = needle_eval.needle(model, tokenizer, HAYSTACK, (60,), (0.5,), samples=2, seed=7)
+  result = needle_eval.needle(small, tokenizer, HAYSTACK, (60,), (0.5,), samples=2, seed=7)
   puzzles = [needle_eval._puzzle(tokenizer, np.random.default_rng((7, s)), 0) for s in range(2)]
   prompts, answers, _ = needle_eval._cell(puzzles, HAYSTACK, 60, 0.5, 7)
-  logits = np.asarray(model(np.concatenate([prompts, answers], 1)), np.float64)[:, -6:-1]
+  logits = np.asarray(small(np.concatenate([prompts, answers], 1)), np.float64)[:, -6:-1]
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   given = np.take_along_axis(log_p, answers[..., None], -1)
   assert_close(result.log_likelihood, [[given.mean()]], "heldout_f32")

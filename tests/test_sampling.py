@@ -19,10 +19,9 @@ LOGITS = np.log([0.05, 0.4, 0.1, 0.3, 0.15])
 
 @pytest.fixture(scope="module")
 def model():
-  return Transformer(
-    ModelConfig(num_layers=3, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16,
-                sparse_per_full=1, block_size=4, selected_tokens=8, window=8, dtype="float32"),
-    rngs=nnx.Rngs(0))
+  cfg = ModelConfig(num_layers=3, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16,
+                    sparse_per_full=1, block_size=4, selected_tokens=8, window=8, dtype="float32")
+  return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))()
 
 
 @pytest.fixture(scope="module")
