@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 
 golden: $(VENV)/.dev
-	JAX_PLATFORMS=cpu $(RUN) -m tests.golden
+	JAX_PLATFORMS=cpu $(RUN) -m tests.test_configs
 
 clean:
 	rm -rf $(VENV) runs

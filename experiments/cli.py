@@ -6,7 +6,7 @@ A `UserError`, a bad flag or a stray argument is one line on stderr, `error: ...
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from hysparse_jax import config
 from hysparse_jax.errors import UserError
@@ -15,6 +15,7 @@ CONFIG = flags.DEFINE_string("config", None, "Config file, such as configs/tiny.
                                              "configs/tiny.py:full.")
 SET = flags.DEFINE_multi_string("set", [], "Override one field, such as model.window=64; may be "
                                            "given many times, later ones win.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, such as runs/tiny.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object per line instead of a table.")
 
 
@@ -43,6 +44,7 @@ def run(main: Callable[[list[str]], None]):
     except KeyboardInterrupt:
       _fail("interrupted", code=130)
 
+  flags.FLAGS.set_default("verbosity", logging.WARNING)   # Orbax tells of every file at INFO
   app.run(guarded, flags_parser=_parse)
 
 

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
-from experiments.train import load_run
 from hysparse_jax import data
 from hysparse_jax.config import Config
 from hysparse_jax.errors import UserError
@@ -31,6 +30,7 @@ from hysparse_jax.evals.heldout import heldout
 from hysparse_jax.evals.needle import needle
 from hysparse_jax.evals.oracle import UNION_TOKENS, oracle
 from hysparse_jax.model import Transformer
+from hysparse_jax.run import load_run
 
 _TASKS = flags.DEFINE_list("tasks", None, "Of heldout, needle, oracle; default: all the model has.")
 _BATCHES = flags.DEFINE_integer("batches", 8, "Held-out batches for heldout and oracle.")
@@ -216,7 +216,7 @@ def main(argv):
     lengths=None if _LENGTHS.value is None else _numbers(_LENGTHS, int),
     depths=_numbers(_DEPTHS, float), samples=_SAMPLES.value, distractors=_DISTRACTORS.value,
     needle_seed=_NEEDLE_SEED.value)
-  rows = evaluate(flags.FLAGS.workdir, _TASKS.value, settings,
+  rows = evaluate(cli.WORKDIR.value, _TASKS.value, settings,
                   None if cli.JSON.value else Console())
   if cli.JSON.value:
     for row in rows:

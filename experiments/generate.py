@@ -6,7 +6,7 @@
 
 The same from Python:
 
-    from experiments.train import load_run
+    from hysparse_jax.run import load_run
     from hysparse_jax.sampling import generate_text
 
     cfg, model, tokenizer, step = load_run("runs/tiny")
@@ -19,8 +19,8 @@ from absl import flags
 from rich.console import Console
 
 from experiments import cli
-from experiments.train import load_run
 from hysparse_jax.errors import UserError
+from hysparse_jax.run import load_run
 from hysparse_jax.sampling import generate_text
 
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
@@ -39,7 +39,7 @@ def main(argv):
   del argv
   if not _PROMPT.value:
     raise UserError("the prompt is empty; give at least one character with --prompt")
-  workdir = flags.FLAGS.workdir
+  workdir = cli.WORKDIR.value
   if not workdir:
     raise UserError("--workdir is missing; name the folder of a run, such as runs/tiny")
   stop = _STOP.value

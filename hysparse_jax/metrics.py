@@ -40,7 +40,7 @@ class MetricsLog:
     self._file = self._path.open("a")
     self._board = None
     if tensorboard:
-      from tensorboardX import SummaryWriter   # optional: only where asked for
+      from tensorboardX import SummaryWriter  # optional: only where asked for
       self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
 
   def write(self, step: int, **values):
@@ -58,8 +58,10 @@ class MetricsLog:
     if self._board is not None:
       self._board.flush()
 
-  def close(self):
-    """Flushes and closes."""
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
     self.flush()
     self._file.close()
     if self._board is not None:
@@ -92,59 +94,65 @@ def _keep_until(path: pathlib.Path, step: int):
 class TrainProgress:
   """A progress bar with loss, tokens/s, MFU and ETA on a terminal; plain lines elsewhere."""
 
-  def __init__(self, total_steps: int, flops_per_token: float, *, label: str = "train"):
+  def __init__(self, total_steps: int, flops_per_token: float):
     self._total = total_steps
     self._flops_per_token = flops_per_token
     self._peak = peak_flops()
-    self._label = label
-    self._last = None
+    self._since = None              # (step, time) at which the present interval began
     self._bar = None
     if sys.stdout.isatty():
       self._bar = Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=Console())
-      self._task = self._bar.add_task(label, total=total_steps, figures="")
-      self._bar.start()
+      self._task = self._bar.add_task("", total=total_steps, figures="")
 
-  def start(self, step: int):
-    """The clock of the first interval starts now, at `step` (after compilation)."""
-    self._last = (step, time.perf_counter())
+  def __enter__(self):
+    if self._bar is not None:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *error):
+    if self._bar is not None:
+      self._bar.stop()
+
+  def restart(self, step: int):
+    """What came before `step` ended (compiling, evaluating) is not training time."""
+    self._since = (step, time.perf_counter())
     if self._bar is not None:
       self._bar.update(self._task, completed=step)
 
-  def update(self, step: int, loss: float, tokens: int, skipped: int) -> dict:
-    """Shows the interval that ends at `step`, in which `tokens` were processed.
+  def update(self, step: int, loss: float, tokens_per_step: int, skipped: int) -> dict:
+    """Shows the interval that ends at `step`.
 
     Returns:
-      tokens_per_second and, where the peak is known, mfu in [0, 1].
+      tokens_per_second and, where the peak is known, mfu in [0, 1]; nothing for an empty interval.
     """
     now = time.perf_counter()
-    last_step, then = self._last
-    seconds = max(now - then, 1e-9)
-    speed = tokens / seconds
-    figures = {"tokens_per_second": speed}
-    text = f"loss {loss:.4f}  {speed:,.0f} tok/s"
-    if self._peak is not None:
-      figures["mfu"] = speed * self._flops_per_token / self._peak
-      text += f"  MFU {figures['mfu']:.1%}"
+    since_step, since = self._since
+    figures, text, eta = {}, f"loss {loss:.4f}", "?"
+    if step > since_step:
+      seconds_per_step = (now - since) / (step - since_step)
+      speed = tokens_per_step / seconds_per_step
+      figures["tokens_per_second"] = speed
+      text += f"  {speed:,.0f} tokens/s"
+      eta = f"{seconds_per_step * (self._total - step):,.0f} s"
+      if self._peak is not None:
+        figures["mfu"] = speed * self._flops_per_token / self._peak
+        text += f"  MFU {figures['mfu']:.1%}"
+      else:
+        text += f"  {speed * self._flops_per_token / 1e9:,.1f} GFLOP/s"
     if skipped:
       text += f"  skipped {skipped}"
-    self._last = (step, now)
+    self._since = (step, now)
     if self._bar is not None:
       self._bar.update(self._task, completed=step, figures=text)
     else:
-      left = seconds / max(step - last_step, 1) * (self._total - step)
-      print(f"{self._label} {step}/{self._total}  {text}  ETA {left:,.0f} s", flush=True)
+      print(f"step {step}/{self._total}  {text}  ETA {eta}", flush=True)
     return figures
 
   def note(self, text: str):
     """A line of its own, above the bar."""
     if self._bar is not None:
-      self._bar.console.print(text, highlight=False)
+      self._bar.console.print(text, highlight=False, soft_wrap=True)
     else:
       print(text, flush=True)
-
-  def close(self):
-    """Takes the bar down."""
-    if self._bar is not None:
-      self._bar.stop()
