@@ -115,7 +115,7 @@ def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: in
                   **settings) -> str:
   """Continues a text: what follows `prompt`, up to and without the first `stop`.
 
-      cfg, model, tokenizer, step = load_run("runs/tiny")       # of experiments.train
+      cfg, model, tokenizer, step = load_run("runs/tiny")       # of hysparse_jax.run
       print(generate_text(model, tokenizer, "def main(", 200, temperature=0.8, seed=1))
 
   Args:

@@ -107,8 +107,8 @@ def test_generate_shows_prompt_and_text_apart(run, monkeypatch, capsys):
   (generate, ["--prompt="], "the prompt is empty"),
   (generate, [], "the prompt is empty"),
   (generate, ["--prompt=a", "--workdir="], "--workdir is missing"),
-  (generate, ["--prompt=a", "--top_p=2"], "no run in"),
-  (evaluate, [], "no run in"),
+  (generate, ["--prompt=a", "--top_p=2"], "holds no run"),
+  (evaluate, [], "holds no run"),
   (generate, ["--prompt=a", "--max_tokens=many"], "max_tokens"),
   (generate, ["--prompt=a", "b"], "unexpected argument 'b'"),
 ])
