@@ -30,7 +30,18 @@ def windowed_attention(queries, keys, *, window, sinks):
     out f32 [B,T,N,E].
   """
   batch, num_queries, num_heads, _ = queries["q"].shape
-  band = min(max(BAND[0], min(window // 2, BAND[1])), num_queries)
+
+  def attend(arrays):
+    query, key = arrays
+    query_position = query["position"][:, None, :, None]
+    key_position = key["position"][:, None, None, :]
+    visible = (key_position <= query_position) & (key_position > query_position - window)
+    visible &= (key_position >= 0) & same_segment(query["segment"], key["segment"])
+    return masked_attention(query["q"], key["k"], key["v"], visible, sinks=sinks)[0]
+
+  band = max(BAND[0], min(window // 2, BAND[1]))
+  if num_queries <= band:
+    return attend((queries, keys))
   num_bands = math.ceil(num_queries / band)
   lookback = math.ceil((window - 1) / band)      # earlier bands that a band's queries reach into
   front = lookback * band - (window - 1)
@@ -40,14 +51,6 @@ def windowed_attention(queries, keys, *, window, sinks):
           for name, x in keys.items()}
   keys = jax.tree.map(lambda x: jnp.concatenate(
     [x[:, i:i + num_bands] for i in range(lookback + 1)], axis=2), keys)
-
-  def attend(arrays):
-    query, key = arrays
-    query_position = query["position"][:, None, :, None]
-    key_position = key["position"][:, None, None, :]
-    visible = (key_position <= query_position) & (key_position > query_position - window)
-    visible &= (key_position >= 0) & same_segment(query["segment"], key["segment"])
-    return masked_attention(query["q"], key["k"], key["v"], visible, sinks=sinks)[0]
 
   band_scores = batch * num_heads * band * band * (lookback + 1)
   if band_scores * num_bands <= KEPT_SCORES:      # every band is a row of one larger batch
