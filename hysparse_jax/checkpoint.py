@@ -139,8 +139,10 @@ class Checkpoints:
 
   def close(self):
     """Waits, then frees the background threads."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
 
   def __enter__(self):
     return self
@@ -229,6 +231,8 @@ class Checkpoints:
     for name in names:
       node = tree
       for part in name:
+        if not isinstance(node, dict) or part not in node:
+          raise _DamagedError(f"leaf {'/'.join(name)} is absent")
         node = node[part]
       arrays.append(node)
     return arrays
@@ -313,7 +317,8 @@ def _as_key(words, entry):
 def _digest_bytes(arrays) -> list[str]:
   """Per array the SHA-256, in hex, of the SHA-256s of its row-major bytes' 8 MiB pieces.
 
-  The pieces let every core hash: leaves of stacked layers are few and large.
+  The pieces let every core hash: leaves of stacked layers are few and large. One core with SHA
+  instructions does some 1.8 GB/s.
   """
   pieces, counts = [], []
   for array in arrays:
