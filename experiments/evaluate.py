@@ -175,12 +175,13 @@ def _oracle(run, settings):
     note += f": none sees more than {picks} blocks, give a longer --seq_len"
   reach = "mass covered by layers since the full one: " + ", ".join(
     f"{distance}: {share:.3f}" for distance, share in result.coverage_by_distance.items())
+  reach += f"; by blocks at random: {result.chance:.3f}"
 
   from hysparse_jax import plots  # matplotlib is slow to import
   paths = [
     plots.coverage_by_layer([(layer.layer, layer.distance, layer.coverage)
                              for layer in result.layers if layer.coverage is not None],
-                            run.plots / "oracle_coverage.png"),
+                            run.plots / "oracle_coverage.png", chance=result.chance),
     plots.block_map(result.picked, run.plots / "oracle_blocks.png",
                     block_size=run.cfg.model.block_size)]
   unions = {layer.layer: {1: layer.overlap.picked, **layer.overlap.union}
@@ -190,7 +191,8 @@ def _oracle(run, settings):
   layers = [layer._asdict() | {"overlap": layer.overlap and layer.overlap._asdict()}
             for layer in result.layers]
   row = {"layers": layers, "coverage_by_distance": result.coverage_by_distance,
-         "choosing_tokens": result.choosing_tokens, "seq_len": seq_len}
+         "chance": result.chance, "choosing_tokens": result.choosing_tokens,
+         "seq_len": seq_len}
   return row, [note, table, reach], paths
 
 

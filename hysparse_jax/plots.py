@@ -116,18 +116,21 @@ def block_map(picked: dict, path, *, block_size: int):
   return _save(figure, path)
 
 
-def coverage_by_layer(layers, path):
+def coverage_by_layer(layers, path, *, chance: float):
   """Attention mass the shared selection covers: a bar per layer, f in [0, 1].
 
   Args:
     layers: (layer, layers since the full one, coverage) triples.
     path: of the PNG.
+    chance: the share that as many blocks drawn at random would hold, drawn as a line.
   """
   number, distance, share = (np.asarray(column) for column in zip(*layers))
   figure, axis = plt.subplots(figsize=(2 + 0.45 * len(layers), 4))
   colors = np.where(distance == 0, "tab:red", "tab:blue")
   bars = axis.bar(number, share, color=colors)
   axis.bar_label(bars, fmt="%.2f", fontsize=7)
+  axis.axhline(chance, color="black", linestyle="--", linewidth=0.8, label="blocks at random")
+  axis.legend(fontsize=7)
   axis.set(xlabel="layer (red: the full layer that selects)", ylabel="share of attention mass",
            title="Mass the selected blocks cover", ylim=(0, 1.08), xticks=number)
   return _save(figure, path)

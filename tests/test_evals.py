@@ -202,6 +202,8 @@ def test_oracle_figures(model, batch):
   assert result.layers[6].coverage is None and result.layers[6].overlap is None
   assert_close(result.coverage_by_distance[1],
                (result.layers[1].coverage + result.layers[4].coverage) / 2, "coverage_f32")
+  blocks = np.concatenate([index[24:] // 4 + 1, index[24:42] // 4])     # block 0 is another's
+  assert_close(result.chance, np.mean(3 / blocks), "coverage_f32")
   overlap = result.layers[3].overlap
   assert overlap.picked == 3.0                     # U(1) is what a token picks
   sets = [[set(layers[3].picked[b, k, t]) for t in range(T)] for b, k in np.ndindex(2, 2)]
@@ -217,7 +219,7 @@ def test_picking_everything_covers_everything(small, batch):
   """P = 12 blocks of 12: the full layer's coverage is 1 to the last bit, and nobody chooses."""
   result = oracle_eval.oracle(small, [batch])
   assert [layer.coverage for layer in result.layers] == [1.0, 1.0, None]
-  assert result.choosing_tokens == 0
+  assert result.choosing_tokens == 0 and result.chance == 1.0
   assert all(layer.overlap is None for layer in result.layers)
 
 

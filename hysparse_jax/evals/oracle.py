@@ -159,6 +159,7 @@ class OracleResult(NamedTuple):
 
   layers: list[OracleLayer]
   coverage_by_distance: dict[int, float]   # mean over the layers at that distance
+  chance: float                            # coverage of P causal blocks drawn at random, all equal
   choosing_tokens: int                     # tokens measured that had a choice, see `oracle`
   picked: dict[int, np.ndarray]            # full layer -> i32 [T, P] of the first row and KV head
 
@@ -182,8 +183,8 @@ def oracle(model: Transformer, batches: Sequence) -> OracleResult:
   halves = [_second_half(batch) for batch in batches]
   if not any(half.any() for half in halves):
     raise UserError("the oracle task got no text to measure; give more --batches or shorter rows")
-  choosing = [_chooses(batch, half, cfg.block_size, cfg.num_blocks)
-              for batch, half in zip(batches, halves)]
+  seen = [_causal_blocks(batch, cfg.block_size) for batch in batches]
+  choosing = [half & (blocks > cfg.num_blocks) for half, blocks in zip(halves, seen)]
   num_choosing = sum(int(tokens.sum()) for tokens in choosing)
   measured = choosing if num_choosing else halves
 
@@ -207,8 +208,10 @@ def oracle(model: Transformer, batches: Sequence) -> OracleResult:
       by_distance.setdefault(layer.distance, []).append(layer.coverage)
   picked = {one.layer: one.picked[0, 0] for one in traces[0]
             if one.distance == 0 and one.picked is not None}
-  return OracleResult(layers, {distance: _mean(shares) for distance, shares in by_distance.items()},
-                      num_choosing, picked)
+  by_distance = {distance: _mean(shares) for distance, shares in by_distance.items()}
+  chance = _mean(np.concatenate([np.minimum(1.0, cfg.num_blocks / blocks[where])
+                                 for blocks, where in zip(seen, measured)]))
+  return OracleResult(layers, by_distance, chance, num_choosing, picked)
 
 
 def union_sums(picked, measured, segment_ids) -> dict[int, tuple[int, int]]:
@@ -257,11 +260,11 @@ def _second_half(batch):
   return (np.asarray(batch.segment_ids) > 0) & (index >= batch.tokens.shape[1] // 2)
 
 
-def _chooses(batch, half, block_size: int, num_blocks: int):
-  """bool [B, T]: tokens of `half` that see more than `num_blocks` blocks of their document."""
+def _causal_blocks(batch, block_size: int):
+  """i64 [B, T]: blocks in which a token's document has a key that it sees."""
   index = np.arange(batch.tokens.shape[1])
   start = index - np.asarray(batch.positions)
-  return half & (index // block_size - start // block_size + 1 > num_blocks)
+  return index // block_size - start // block_size + 1
 
 
 def _mean(values) -> float:
