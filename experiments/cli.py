@@ -35,6 +35,8 @@ def run(main: Callable[[list[str]], None]):
   def guarded(argv):
     if len(argv) > 1:
       _fail(f"unexpected argument {argv[1]!r}; every argument is a flag, --name=value", code=2)
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)               # Orbax tells of every file at INFO
     try:
       main(argv)
     except UserError as error:
@@ -44,7 +46,6 @@ def run(main: Callable[[list[str]], None]):
     except KeyboardInterrupt:
       _fail("interrupted", code=130)
 
-  flags.FLAGS.set_default("verbosity", logging.WARNING)   # Orbax tells of every file at INFO
   app.run(guarded, flags_parser=_parse)
 
 

@@ -84,7 +84,7 @@ def train(cfg: config.Config, workdir) -> dict:
         if step == start + 1:
           jax.block_until_ready(result)            # compiled by now: the clock starts
           progress.restart(step)
-        last = step == cfg.train.steps or stop.requested
+        last = step == cfg.train.steps or stop.requested   # read once: a signal may come any time
         if step % cfg.train.log_every == 0 or last:
           speeds += _log(cfg, log, progress, step, jax.device_get(pending), rate)
           _stop_if_broken(cfg, workdir, step, jax.device_get(pending), stream)
@@ -94,7 +94,7 @@ def train(cfg: config.Config, workdir) -> dict:
         if last or (cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0):
           log.flush()                              # so that no saved step lacks its rows
           checkpoints.save(step, state, {"data": stream.fingerprint}, block=last)
-        if stop.requested:
+        if last:
           break
 
       figures = {"step": step, "preempted": step < cfg.train.steps,

@@ -5,6 +5,9 @@ import pathlib
 import matplotlib
 import numpy as np
 
+from hysparse_jax import accounting
+from hysparse_jax.config import ModelConfig
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
@@ -73,6 +76,65 @@ def _gates(rows):
   axes[0, 0].set_ylabel("sigmoid gate, mean over tokens and heads")
   axes[0, -1].legend(fontsize=7, ncol=2)
   return figure
+
+
+def architecture(cfg: ModelConfig, path, *, title: str):
+  """The layers of a config and who reads whose KV; beside it the cache it and its twins need."""
+  figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.6), width_ratios=(2, 1))
+  full_color, sparse_color, ring_color = "#1f3b5c", "#8fb8de", "#f2a65a"
+  start = 0
+  for layer, kind in enumerate(cfg.layer_kinds):
+    if kind == "full":
+      start = layer
+      left.add_patch(plt.Rectangle((layer, 0), 0.8, 2.0, color=full_color))
+    else:
+      left.add_patch(plt.Rectangle((layer, 0), 0.8, 1.0, color=sparse_color))
+      left.add_patch(plt.Rectangle((layer, 0), 0.8, 0.25, color=ring_color))
+      left.annotate("", (layer + 0.4, 1.02), (start + 0.8, 1.8), arrowprops=dict(
+        arrowstyle="-|>", color="0.45", linewidth=0.6, mutation_scale=6,
+        connectionstyle="arc3,rad=-0.15"))
+  left.set(xlim=(-0.5, cfg.num_layers + 0.3), ylim=(-0.75, 2.6), yticks=[],
+           xlabel="layer")
+  left.spines[["left", "right", "top"]].set_visible(False)
+  names = [(full_color, "full attention: keeps all KV, picks "
+                        f"{cfg.num_blocks} blocks of {cfg.block_size} keys per token"),
+           (sparse_color, "sparse: reads those blocks of the full layer's KV"),
+           (ring_color, f"its own window of {cfg.window} tokens")]
+  left.legend([plt.Rectangle((0, 0), 1, 1, color=color) for color, _ in names],
+              [name for _, name in names], loc="upper center", ncol=3, fontsize=7.5,
+              frameon=False, bbox_to_anchor=(0.5, 0.17), columnspacing=1.0, handlelength=1.0)
+  left.set_title(title)
+  tokens = 2 ** np.arange(10, 21)
+  twins = {"full attention": accounting.twins(cfg)["full"], "HySparse": cfg,
+           "Hybrid SWA": accounting.twins(cfg)["swa"]}
+  styles = {"full attention": ("#b03a2e", "-"), "HySparse": (full_color, "-"),
+            "Hybrid SWA": (ring_color, "--")}
+  for name, twin in twins.items():
+    total = [accounting.account(twin, int(n)).kv_bytes_total / 1e9 for n in tokens]
+    right.plot(tokens, total, styles[name][1], color=styles[name][0], label=name)
+  right.set_xscale("log", base=2)
+  right.set_yscale("log")
+  right.set(xlabel="tokens", ylabel="GB (bf16)", title="KV cache of one sequence")
+  right.legend(fontsize=8)
+  right.grid(alpha=0.3)
+  return _save(figure, path)
+
+
+def compare_runs(runs: dict, path):
+  """Training loss (smoothed) and held-out points of several runs, from `metrics.read` each."""
+  figure, axes = plt.subplots(figsize=(7, 4))
+  for color, (name, rows) in zip(("tab:blue", "tab:red", "tab:orange", "tab:green"), runs.items()):
+    steps, losses = zip(*((row["step"], row["loss"]) for row in rows if "loss" in row))
+    width = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1:], smooth, color=color, label=f"{name}, train")
+    points = [(row["step"], row["heldout_loss"]) for row in rows if "heldout_loss" in row]
+    if points:
+      axes.plot(*zip(*points), "o", color=color, label=f"{name}, held-out")
+  axes.set(xlabel="step", ylabel="loss (nats per token)")
+  axes.legend(fontsize=8)
+  axes.grid(alpha=0.3)
+  return _save(figure, path)
 
 
 def heat_map(values, x_labels, y_labels, path, *, title: str, x_name: str, y_name: str,

@@ -45,6 +45,8 @@ TOLERANCES = {
   "heldout_f32": (1e-5, 1e-6),
   # Logits of a whole model in float32 by two routes: some 10 layers' sums, each in another order.
   "decode_f32": (1e-5, 1e-5),
+  # One device against many: float32 sums over rows, heads or experts in another order.
+  "sharded_f32": (1e-5, 1e-5),
   # One scalar, summed in another order.
   "same_sum_f32": (1e-6, 1e-6),
   # A weight's gradient in float32 with the same sums fused or split differently.
