@@ -123,7 +123,8 @@ def test_a_document_that_follows_itself_is_a_new_segment(cfg, tmp_path):
   stream = data.TrainStream(dataclasses.replace(cfg, source=str(folder), batch_size=1,
                                                 heldout_fraction=fraction))
   assert (stream.num_documents, stream.tokens_per_epoch) == (1, 90)
-  batch = stream._rows.take(np.array([1]))   # tokens 64 to 127: the end of one epoch, the start of the next
+  # Tokens 64 to 127: the end of one epoch, the start of the next.
+  batch = stream._rows.take(np.array([1]))
   assert batch.segment_ids.tolist() == [[1] * 26 + [2] * 38]
   assert batch.weights.tolist() == [[1] * 25 + [0] + [1] * 38]
 
