@@ -36,7 +36,7 @@ def attend_and_select(q, k, v, visible, *, block_size, num_blocks):
 
 
 def select_blocks(log_weights, num_blocks):
-  """The blocks of largest weight, in ascending order (REFERENCE section 1).
+  """The blocks of largest weight, in ascending order (HySparse paper).
 
   Fewer than P candidates: all of them. Equal weights: the lower block first.
 

@@ -18,7 +18,7 @@ MAX_PARTS = 4            # parts of a causal triangle: 4 compute 5/8 of the squa
 
 
 def masked_attention(q, k, v, visible, *, sinks=None, block_size=None):
-  """Softmax attention of each query over its visible keys (REFERENCE section 1).
+  """Softmax attention of each query over its visible keys (HySparse paper).
 
       s[t,j] = q_t k_j;   p[t,j] = exp(s[t,j]) / (exp(sink) + sum_j' exp(s[t,j']))
       out[t] = sum_j p[t,j] v_j,   sums over visible j only

@@ -36,7 +36,7 @@ def _model_80b(tokens):
   return AttentionShape(tokens=tokens, num_heads=64, num_kv_heads=4, head_dim=128)
 
 
-PAPER = {      # REFERENCE section 1, the table of models
+PAPER = {      # the HySparse paper's two models
   "7b_8k": _model_7b(8_192),
   "7b_32k": _model_7b(32_768),
   "7b_128k": _model_7b(131_072),

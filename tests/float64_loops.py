@@ -1,4 +1,4 @@
-"""The ops as float64 loops over batch, head, query and key, written from REFERENCE section 1.
+"""The ops as float64 loops over batch, head, query and key, written from the HySparse paper.
 
 Independent of `pallas_kernels`: every weight is formed, one row at a time. Gradients are the
 chain rule of the same equations; `test_float64_loops_gradients` holds them to finite differences.

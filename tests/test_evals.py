@@ -138,11 +138,11 @@ def test_coverage_is_the_definition(model, batch):
   x = model.embed(batch.tokens)
   block = oracle_eval.unstacked(model.stack.groups[0], 0)
   inputs = [(block.full, x)]
-  x, shared, picked, _, _ = block.full(x, rows, CFG.num_blocks, None, 0)
+  x, shared, picked, _, _ = oracle_eval._full(block.full, x, rows, CFG.num_blocks)
   for index in range(2):
     layer = oracle_eval.unstacked(block.sparse, index)
     inputs.append((layer, x))
-    x, _, _ = layer(x, shared, picked, rows, None, 0, index)
+    x, _, _ = oracle_eval._sparse(layer, x, shared, picked, rows)
   real = batch.segment_ids > 0
   for traced, (layer, x) in zip(layers, inputs):
     q = layer.project(x, rows)[1]

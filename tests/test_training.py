@@ -147,7 +147,7 @@ def files(folder):
 @pytest.mark.parametrize("setting, message", [
   ("train.steps=6", "is at step 12, beyond train.steps=6"),
   ("model.window=16", "has another model or optimizer: it has window = 32, asked for window = 16"),
-  ("optim.optimizer='muon'", "another model or optimizer"),
+  ("optim.optimizer=adamw", "another model or optimizer"),
   ("data.seed=7", "seed"),
 ])
 def test_another_recipe_on_resume_is_refused(setting, message, corpus, uninterrupted):

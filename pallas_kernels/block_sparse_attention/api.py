@@ -12,7 +12,7 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
   """Causal GQA softmax attention of each query over its picked key blocks only.
 
   All G heads of a group use the same blocks; inside the query's own block the mask is causal
-  (REFERENCE section 1, sparse branch).
+  (HySparse, sparse branch).
 
   Args:
     q: [B,T,N,H] float32, bfloat16 or float16.

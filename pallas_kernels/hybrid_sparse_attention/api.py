@@ -13,7 +13,7 @@ def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_loc
   """The whole attention of a sparse layer: one query, two branches, gated and summed.
 
       gate_sparse * block_sparse_attention(q, k_shared, v_shared, block_indices)
-        + gate_local * sliding_window_attention(q, k_local, v_local)        (REFERENCE section 1)
+        + gate_local * sliding_window_attention(q, k_local, v_local)        (HySparse paper)
 
   Args:
     q: [B,T,N,H] float32, bfloat16 or float16.

@@ -1,1 +1,1 @@
-"""Causal attention that also says which key blocks mattered (REFERENCE section 1, full layer)."""
+"""Causal attention that also says which key blocks mattered (HySparse, full layer)."""

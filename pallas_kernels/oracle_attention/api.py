@@ -13,7 +13,7 @@ def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, segment_ids=None,
 
   A block's importance to query t and KV head k is its largest softmax weight over the keys
   j <= t of the block and the G query heads of the group, each normalised over its own row
-  (REFERENCE section 1). Only blocks with a visible key are candidates; nothing is forced in.
+  (HySparse paper). Only blocks with a visible key are candidates; nothing is forced in.
 
   Args:
     q: [B,T,N,H] float32, bfloat16 or float16.
