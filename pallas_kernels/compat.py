@@ -4,6 +4,8 @@ Everything that a kernel needs and that moved, was renamed or became private bet
 reached through this module, so that a version bump is one file to read.
 """
 
+import inspect
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax._src.pallas.mosaic_gpu.interpret import params as _interpret_params
@@ -41,3 +43,29 @@ def mosaic_gpu_kernel(body, *, out, scratch, interpret=None, **kwargs):
     compiler_params=plgpu.CompilerParams(**options),
     **kwargs,
   )
+
+
+_CUDNN_BACKWARD_ARGUMENTS = (
+  "query key value bias q_seqlen kv_seqlen q_offsets kv_offsets page_table_k page_table_v "
+  "activation fwd_output grad_output scale seed dropout_rate variadic_args mask_type layout "
+  "sliding_window_length"
+).split()
+
+
+def cudnn_attention_backward():
+  """(primitive, causal mask type): JAX's private cuDNN attention backward, after a look at it.
+
+  Raises:
+    NotImplementedError: it is gone, or takes other arguments than in 0.10.2 and 0.11.2.
+  """
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  impl = getattr(cudnn, "_dot_product_attention_bwd_impl", None)
+  primitive = getattr(cudnn, "_dot_product_attention_bwd_p_wrapper", None)
+  found = [] if impl is None else list(inspect.signature(impl).parameters)
+  if primitive is None or found != _CUDNN_BACKWARD_ARGUMENTS:
+    raise NotImplementedError(
+      f"cuDNN attention backward: jax {jax.__version__} takes {found}, wanted "
+      f"{_CUDNN_BACKWARD_ARGUMENTS}; adapt pallas_kernels/compat.py"
+    )
+  return primitive, cudnn.MaskType.CAUSAL
