@@ -44,13 +44,41 @@ class ForwardTiles:
   keys: int = 128
   stages: int = 2
   overlap: bool = True
-  ping_pong: bool = True
+  ping_pong: bool = False
 
   def __post_init__(self):
     if self.keys != TILE_T:
       raise ValueError(f"keys: got {self.keys}, wanted {TILE_T}, the diagonal tile's width")
     if self.stages < 2:
       raise ValueError(f"stages: got {self.stages}, wanted at least 2")
+
+
+def visible_tiles(segment_ids):
+  """Bounds on the key tiles that a tile of 128 queries has to visit and to mask.
+
+  Args:
+    segment_ids: i32 [B, T], T a multiple of 128; 0 is padding.
+
+  Returns:
+    first i32 [B, T/128]: no key tile before it is visible to any of the tile's queries;
+    plain i32 [B, T/128]: from it to the diagonal, exclusive, every key is visible to every query;
+    last i32 [B, T/128]: no query tile after it sees any of this tile's keys.
+  """
+  B, T = segment_ids.shape
+  ids = segment_ids.reshape(B, T // TILE_T, TILE_T)
+  most = jnp.iinfo(jnp.int32).max
+  low = jnp.where(ids == 0, most, ids).min(-1)
+  high = jnp.where(ids == 0, -most, ids).max(-1)
+  same = (ids == ids[..., :1]).all(-1) & (ids[..., 0] != 0)
+  tile = jnp.arange(T // TILE_T, dtype=jnp.int32)
+  queries, keys = (slice(None), slice(None), None), (slice(None), None, slice(None))
+  causal = tile[:, None] >= tile
+  meet = (low[keys] <= high[queries]) & (high[keys] >= low[queries]) & causal
+  first = jnp.where(meet, tile, tile[:, None]).min(-1)
+  last = jnp.where(meet, tile[:, None], tile).max(-2)
+  plain = same[keys] & same[queries] & (low[keys] == low[queries])
+  plain = jnp.where(plain | (tile >= tile[:, None]), 0, tile + 1).max(-1)
+  return first, jnp.maximum(plain, first), last
 
 
 def forward(
@@ -61,7 +89,7 @@ def forward(
   scale: float,
   chunk: int,
   offset: jax.Array | None = None,
-  segments: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+  segments: tuple[jax.Array, ...] | None = None,
   tiles: ForwardTiles = ForwardTiles(),
   maxima: bool = True,
   interpret=None,
@@ -75,8 +103,8 @@ def forward(
     scale: multiplies the logits.
     chunk: query rows of this launch, a multiple of 128.
     offset: i32 [1], first query row, a multiple of 128.
-    segments: (ids i32 [B, T], first i32 [B, T/128], plain i32 [B, T/128]): segment ids, the first
-      key tile that may be visible to a query tile, and the first from which no mask is needed.
+    segments: (ids i32 [B, T], *bounds): segment ids, and `first` and `plain` as
+      `visible_tiles` returns them.
     tiles: tile sizes.
     maxima: also write the block maxima (False measures what they cost).
     interpret: GPU interpret mode parameters, or None to compile.
@@ -98,7 +126,7 @@ def forward(
   if offset is not None:
     operands.append(offset)
   if segments is not None:
-    operands.extend(segments)
+    operands.extend(segments[:3])
 
   def body(*refs):
     q_ref, k_ref, v_ref, *rest = refs
