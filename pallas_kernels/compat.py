@@ -1,4 +1,4 @@
-"""The differences between the two supported JAX versions (0.10.2 and 0.11.2), named and in one place.
+"""The differences between the two supported JAX versions, 0.10.2 and 0.11.2, in one place.
 
 Everything that a kernel needs and that moved, was renamed or became private between them is
 reached through this module, so that a version bump is one file to read.
@@ -45,11 +45,12 @@ def mosaic_gpu_kernel(body, *, out, scratch, interpret=None, **kwargs):
   )
 
 
-_CUDNN_BACKWARD_ARGUMENTS = (
-  "query key value bias q_seqlen kv_seqlen q_offsets kv_offsets page_table_k page_table_v "
-  "activation fwd_output grad_output scale seed dropout_rate variadic_args mask_type layout "
-  "sliding_window_length"
-).split()
+_CUDNN_BACKWARD_ARGUMENTS = [
+  *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"),
+  *("page_table_k", "page_table_v", "activation", "fwd_output", "grad_output"),
+  *("scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout"),
+  "sliding_window_length",
+]
 
 
 def cudnn_attention_backward():

@@ -1,4 +1,4 @@
-"""Hopper building blocks shared by the Mosaic GPU kernels: layouts, named barriers, tile transforms."""
+"""Hopper building blocks of the Mosaic GPU kernels: layouts, named barriers, swizzled tiles."""
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax

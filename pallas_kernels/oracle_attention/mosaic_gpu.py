@@ -1,7 +1,7 @@
 """`oracle_attention` on NVIDIA Hopper: a forward kernel, a selection kernel, two backward passes.
 
 Queries go through in chunks, so that the block maxima, which only live between the two forward
-kernels, never take more than `MAXIMA_BYTES`. Without segments the backward pass is cuDNN's, fed
+kernels, never take more than a few GB. Without segments the backward pass is cuDNN's, fed
 with our output and log-sum-exp; with segments it is ours (`mosaic_gpu_backward`).
 """
 
@@ -17,8 +17,10 @@ from pallas_kernels.oracle_attention import cudnn_backward, mosaic_gpu_backward
 from pallas_kernels.oracle_attention.mosaic_gpu_forward import BLOCK, TILE_T, forward, visible_tiles
 from pallas_kernels.oracle_attention.mosaic_gpu_select import select
 
-# All of 7b_32k in one launch; half an output of 7b_128k, in 16 launches of 15.5 waves each.
-MAXIMA_BYTES = 2_200_000_000
+# One launch while everything fits this (80b_32k takes 4.3e9 bytes) ...
+WHOLE_BYTES = 4_400_000_000
+# ... and launches of this size beyond: 7b_128k in 16, of 15.5 waves of CTAs each.
+CHUNK_BYTES = 2_200_000_000
 
 
 def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, interpret=None):
@@ -53,7 +55,7 @@ def _check(q, k, v, block_size, num_blocks):
       )
 
   dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v)}
-  covered(dtypes in ({"bfloat16"}, {"float16"}), "dtypes", sorted(dtypes), "all bfloat16 or float16")
+  covered(dtypes in ({"bfloat16"}, {"float16"}), "dtypes", sorted(dtypes), "one of bf16, f16")
   covered(q.shape[-1] in (64, 128), "head dim", q.shape[-1], "64 or 128")
   covered(v.shape[-1] == q.shape[-1], "value head dim", v.shape[-1], f"{q.shape[-1]} as in q and k")
   covered(block_size == BLOCK, "block_size", block_size, BLOCK)
@@ -88,12 +90,14 @@ def _attend_bwd(num_blocks, scale, interpret, residuals, grads):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def chunk_rows(batch, tokens, num_heads, budget=MAXIMA_BYTES):
+def chunk_rows(batch, tokens, num_heads):
   """Query rows of one launch: equal multiples of 128 whose block maxima fit the budget."""
-  blocks = math.ceil(tokens / TILE_T) * (TILE_T // BLOCK)
-  most = max(budget // (4 * batch * num_heads * blocks) // TILE_T, 1) * TILE_T
-  launches = math.ceil(tokens / most)
-  return math.ceil(tokens / launches / TILE_T) * TILE_T
+  tiles = math.ceil(tokens / TILE_T)
+  tile_bytes = 4 * batch * num_heads * tiles * (TILE_T // BLOCK) * TILE_T
+  if tiles * tile_bytes <= WHOLE_BYTES:
+    return tiles * TILE_T
+  launches = math.ceil(tiles / max(CHUNK_BYTES // tile_bytes, 1))
+  return math.ceil(tiles / launches) * TILE_T
 
 
 def _forward(q, k, v, segment_ids, num_blocks, scale, interpret):

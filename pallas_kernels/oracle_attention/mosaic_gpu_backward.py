@@ -57,7 +57,7 @@ def backward(q, k, v, out, lse, grad_out, *, scale, segment_ids=None, tiles=Back
     k: [B, T, K, H].
     v: [B, T, K, H].
     out: [B, T, N, H], the forward's output.
-    lse: f32 [B, N, T], natural logarithm of the softmax denominators, inf for rows that see nothing.
+    lse: f32 [B, N, T], natural logarithm of the softmax denominators, inf for empty rows.
     grad_out: [B, T, N, H].
     scale: multiplies the logits.
     segment_ids: i32 [B, T] or None.
@@ -68,9 +68,7 @@ def backward(q, k, v, out, lse, grad_out, *, scale, segment_ids=None, tiles=Back
     dq, dk, dv with the shapes and dtypes of q, k, v.
   """
   T = q.shape[1]
-  delta = jnp.einsum(
-    "btnh,btnh->bnt", out, grad_out, preferred_element_type=jnp.float32
-  )
+  delta = jnp.einsum("btnh,btnh->bnt", out, grad_out, preferred_element_type=jnp.float32)
   padding = -T % TILE_T
   if padding:
     q, k, v, grad_out = (

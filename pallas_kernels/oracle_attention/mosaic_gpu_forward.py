@@ -176,8 +176,8 @@ def forward(
           keep = keep & (k_ids == ids) & (ids != 0)
         return jnp.where(keep, s, -jnp.inf)
 
-      def softmax(s, j, m, l, masked):
-        """Returns p, the new (m, l) and exp2(m_old - m_new); m is unscaled."""
+      def softmax(s, j, m, total, masked):
+        """Returns p, the new (m, total) and exp2(m_old - m_new); m is unscaled."""
         if masked:
           s = mask(s, j)
         parts = [s[:, e * BLOCK : (e + 1) * BLOCK].max(axis=1) for e in range(keys // BLOCK)]
@@ -189,7 +189,7 @@ def forward(
           new = jnp.maximum(new, part)
         alpha = jnp.exp2((m - new) * log2_scale)
         p = jnp.exp2(s * log2_scale - hopper.rows_to_tile(new * log2_scale, shape))
-        return p, new, l * alpha + p.sum(axis=1), alpha
+        return p, new, total * alpha + p.sum(axis=1), alpha
 
       # GPU interpret mode knows neither register operands nor accumulators that start from a
       # value, nor (0.10.2) transposed ones: there the products are plain dots on the same tiles.
@@ -212,24 +212,24 @@ def forward(
         return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
 
       def step_in_turn(i, carry, masked):
-        o, m, l = carry
+        o, m, total = carry
         j, slot = diagonal - i, lax.rem(i, i32(stages))
         plgpu.barrier_wait(k_bar.at[slot])
         s = scores(slot, token_pass)
         plgpu.barrier_arrive(k_free.at[slot])
-        p, m, l, alpha = softmax(s, j, m, l, masked)
+        p, m, total, alpha = softmax(s, j, m, total, masked)
         o = o * hopper.rows_to_tile(alpha, o.shape)
         p = p.astype(dtype)
         if not interpret:
-          o, p, m, l = lax.optimization_barrier((o, p, m, l))
+          o, p, m, total = lax.optimization_barrier((o, p, m, total))
         plgpu.barrier_wait(v_bar.at[slot])
         token_wait()
         o = add_pv(o, p, slot)
         plgpu.barrier_arrive(v_free.at[slot])
-        return o, m, l
+        return o, m, total
 
       def step_overlapped(i, carry, masked):
-        o, m, l, p = carry
+        o, m, total, p = carry
         j, slot, last = diagonal - i, lax.rem(i, i32(stages)), lax.rem(i - 1, i32(stages))
         plgpu.barrier_wait(k_bar.at[slot])
         plgpu.barrier_wait(v_bar.at[last])
@@ -238,7 +238,7 @@ def forward(
           s = scores(slot)
           o = add_pv(o, p, last)
           plgpu.barrier_arrive(k_free.at[slot])
-          p, m, l, alpha = softmax(s, j, m, l, masked)
+          p, m, total, alpha = softmax(s, j, m, total, masked)
         else:
 
           def both(refs):
@@ -257,16 +257,16 @@ def forward(
             )
             p_ref[...] = p_new
 
-          state = (plgpu.ACC.init(o), m, l, l, jnp.zeros(shape, jnp.float32))
+          state = (plgpu.ACC.init(o), m, total, total, jnp.zeros(shape, jnp.float32))
           state = (*state[:4], cast(state[4], hopper.TILE))
-          o, m, l, alpha, p = pl.run_state(both)(state)
+          o, m, total, alpha, p = pl.run_state(both)(state)
         plgpu.barrier_arrive(v_free.at[last])
         o = o * hopper.rows_to_tile(alpha, o.shape)
-        return o, m, l, p.astype(dtype)
+        return o, m, total, p.astype(dtype)
 
       o = cast(jnp.zeros((BLOCK, H), jnp.float32), hopper.TILE)
       m = cast(jnp.full((BLOCK,), LOWEST, jnp.float32), hopper.ROWS)
-      l = cast(jnp.zeros((BLOCK,), jnp.float32), hopper.ROWS)
+      total = cast(jnp.zeros((BLOCK,), jnp.float32), hopper.ROWS)
       # Tiles i = 0 (the diagonal), 1, ... count downwards in key position.
       plain_end = steps if segments is None else diagonal - plain_ref[b, diagonal] + 1
       plgpu.barrier_wait(q_bar.at[wg])
@@ -276,33 +276,33 @@ def forward(
         token_wait()
         s = scores(i32(0), token_pass)
         plgpu.barrier_arrive(k_free.at[0])
-        p, m, l, _ = softmax(s, diagonal, m, l, True)
-        carry = (o, m, l, p.astype(dtype))
+        p, m, total, _ = softmax(s, diagonal, m, total, True)
+        carry = (o, m, total, p.astype(dtype))
         step = step_overlapped
       else:
         pl.when(wg == 1)(token_wait)
-        carry = step_in_turn(i32(0), (o, m, l), True)
+        carry = step_in_turn(i32(0), (o, m, total), True)
         step = step_in_turn
       carry = lax.fori_loop(1, plain_end, lambda i, c: step(i, c, False), carry)
       if segments is not None:
         start = jnp.maximum(plain_end, 1)
         carry = lax.fori_loop(start, steps, lambda i, c: step(i, c, True), carry)
       if tiles.overlap:
-        o, m, l, p = carry
+        o, m, total, p = carry
         last = lax.rem(steps - 1, i32(stages))
         plgpu.barrier_wait(v_bar.at[last])
         o = add_pv(o, p, last)
         plgpu.barrier_arrive(v_free.at[last])
         pl.when(wg == 0)(token_wait)
       else:
-        o, m, l = carry
+        o, m, total = carry
         pl.when(wg == 0)(token_pass)
       if segments is None:
-        inverse = 1.0 / l
-        lse = m * scale + jnp.log(l)
+        inverse = 1.0 / total
+        lse = m * scale + jnp.log(total)
       else:
-        seen = l > 0.0
-        safe = jnp.where(seen, l, 1.0)
+        seen = total > 0.0
+        safe = jnp.where(seen, total, 1.0)
         inverse = jnp.where(seen, 1.0 / safe, 0.0)
         lse = jnp.where(seen, m * scale + jnp.log(safe), jnp.inf)
       lse_ref[b, head, pl.ds(local, BLOCK)] = lse

@@ -120,7 +120,8 @@ def select(
         passes = [x > v for v in values]
         c_all = lax.broadcast_in_dim(c, (TILE_T,), ())
         c_all = compat.cast(c_all, layout, interpret)
-        new_values, new_blocks = [jnp.maximum(values[0], x)], [jnp.where(passes[0], c_all, blocks[0])]
+        new_values = [jnp.maximum(values[0], x)]
+        new_blocks = [jnp.where(passes[0], c_all, blocks[0])]
         for i in range(1, P):
           new_values.append(jnp.maximum(values[i], jnp.minimum(values[i - 1], x)))
           moved = jnp.where(passes[i - 1], blocks[i - 1], c_all)
