@@ -1,4 +1,4 @@
-"""The Hopper kernels of `oracle_attention`: in GPU interpret mode, lowered for CUDA, on a device."""
+"""The Hopper kernels of `oracle_attention`: GPU interpret mode, lowered for CUDA, on a device."""
 
 import functools
 
