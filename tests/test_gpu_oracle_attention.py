@@ -137,6 +137,24 @@ def test_lowers_for_cuda(segmented, head_dim):
   assert text.count("custom_call @mosaic_gpu_v2") == (4 if segmented else 2)
 
 
+@pytest.mark.parametrize("names, kernels", [
+  ((), 3),  # forward and selection, then forward again
+  (("oracle_out", "oracle_lse", "oracle_block_indices"), 2),
+])
+def test_saved_names_spare_the_forward_under_remat(names, kernels):
+  q = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+
+  def loss(q):
+    out, picked = mosaic_gpu.oracle_attention(
+      q, q, q, block_size=64, num_blocks=4, segment_ids=None, scale=0.1)
+    return jnp.sin(out.astype(jnp.float32)).sum() + picked.sum()
+
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  step = jax.jit(jax.value_and_grad(jax.checkpoint(loss, policy=policy)))
+  text = step.trace(q).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("custom_call @mosaic_gpu_v2") == kernels
+
+
 def test_cudnn_backward_is_the_known_one(monkeypatch):
   primitive, causal = compat.cudnn_attention_backward()
   assert causal.name == "CAUSAL" and hasattr(primitive, "bind")
