@@ -1,9 +1,12 @@
 """The public function of the op."""
 
 from pallas_kernels import checks, implementations
-from pallas_kernels.oracle_attention import reference
+from pallas_kernels.oracle_attention import mosaic_gpu, reference
 
-_AVAILABLE = {"reference": reference.oracle_attention}
+_AVAILABLE = {
+  "reference": reference.oracle_attention,
+  "mosaic_gpu": mosaic_gpu.oracle_attention,
+}
 _BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
 
 
@@ -24,7 +27,7 @@ def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, segment_ids=None,
     segment_ids: i32 [B,T] or None. Tokens see only their own segment; 0 is padding, which sees
       nothing (output 0, no blocks) and is seen by nobody.
     scale: of the logits; None is 1/sqrt(H).
-    implementation: "reference", or None to pick by platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), or None to pick by platform.
 
   Returns:
     out [B,T,N,E] in q's dtype, and block_indices i32 [B,K,T,P]: ascending, equal importance
