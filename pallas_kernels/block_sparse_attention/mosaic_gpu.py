@@ -1,0 +1,287 @@
+"""Tile-union block-sparse attention forward for Hopper, in Pallas Mosaic GPU.
+
+A program takes `tile_tokens` consecutive tokens x the G heads of a KV head = 128 query rows, and
+walks the tile's list of hot blocks (`index_plan.py`): a producer warpgroup brings K and V blocks
+by data-dependent TMA loads, two consumer warpgroups of 64 rows (half of the heads each, all the
+tokens) alternate between the tensor cores and the softmax.
+
+    out[t,n] = sum over blocks c hot in the tile with t in members(c), keys j <= t of c:  p v_j
+
+Membership costs nothing per score: rows that did not pick a block subtract a huge number instead
+of their running maximum, so their weights underflow to 0. Only a list's first step, which holds
+the tile's own block, compares key and query positions.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64                                   # query rows of a warpgroup: the M of wgmma
+BLOCK = 64                                  # keys of a block
+_LOW = -1e20                                # running maximum before any key: finite on purpose
+_MASKED = -1e30                             # score of an invisible key
+_LOG2E = math.log2(math.e)
+_FULL = plgpu.Layout.WGMMA
+_ROW = plgpu.Layout.WGMMA.reduce(1)
+_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnionConfig:
+  """Tile sizes of the union forward; the defaults are for H200 (measured: LOG_gpu_sparse.md)."""
+
+  blocks_per_step: int = 2
+  stages: int = 2                           # steps of K and V in flight
+
+  def __post_init__(self):
+    if self.blocks_per_step not in (1, 2):
+      raise ValueError(f"blocks_per_step: got {self.blocks_per_step}, want 1 or 2")
+    shared_kib = 32 + self.stages * self.blocks_per_step * 32      # at H = 128
+    if self.stages < 2 or shared_kib > 224:
+      raise ValueError(f"stages: got {self.stages} of {self.blocks_per_step} blocks, want at "
+                       "least 2 and at most 224 KiB in all")
+
+
+def tile_tokens(group):
+  """Tokens of a tile for `group` query heads to a KV head (already padded to 4, 8 or 16)."""
+  return 2 * ROWS // group
+
+
+def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_ref, segment_ref,
+                  row_segment_ref, out_ref, lse_ref, scratch, *, shape, config, scale, interpret):
+  """The body: see the module. `shape` is (K, G, H); rows of a warpgroup are head-major."""
+  kv_heads, group, _ = shape
+  tokens = tile_tokens(group)
+  half = group // 2                         # heads of a warpgroup
+  per_step, stages = config.blocks_per_step, config.stages
+  keys = per_step * BLOCK
+  (q_smem, k_smem, v_smem, lse_smem, p_smem, q_ready, k_ready, v_ready, k_free, v_free,
+   turn) = scratch
+  tiles = lse_ref.shape[2]
+  program = lax.axis_index("program")
+  wg = lax.axis_index("wg")
+  # Late tiles first: they have the longest lists.
+  tile = (tiles - 1) - lax.rem(program, jnp.int32(tiles))
+  kv = lax.rem(lax.div(program, jnp.int32(tiles)), jnp.int32(kv_heads))
+  batch = lax.div(program, jnp.int32(tiles * kv_heads))
+  token0 = tile * tokens
+  steps = counts_ref[batch, kv, tile]
+
+  def take_turn():
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+  def spread(row):
+    return lax.broadcast_in_dim(row, (ROWS, BLOCK), (0,))
+
+  def splat(value, layout, shape=(ROWS,)):
+    return plgpu.layout_cast(lax.broadcast_in_dim(value, shape, ()), layout)
+
+  def read_step(step):
+    at = [step * per_step + i for i in range(per_step)]
+    return tuple(blocks_ref[batch, kv, tile, i] for i in at) + tuple(
+      words_ref[batch, kv, tile, i] for i in at)
+
+  @pl.when(wg < 2)
+  def _consume():
+    plgpu.set_max_registers(232, action="increase")
+    head0 = kv * group + wg * half
+    for g in range(half):
+      plgpu.copy_gmem_to_smem(
+        q_ref.at[batch, pl.ds(token0, tokens), head0 + g],
+        q_smem.at[wg, pl.ds(g * tokens, tokens)], q_ready.at[wg])
+    plgpu.barrier_wait(q_ready.at[wg])
+    row_iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_ROW)
+    token = lax.bitwise_and(row_iota, splat(jnp.int32(tokens - 1), _ROW))
+
+    def scores_of(slot):
+      def run(acc):
+        plgpu.wgmma(acc, q_smem.at[wg], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+        take_turn()
+        return acc[...]
+      return pl.run_scoped(run, plgpu.ACC((ROWS, keys), jnp.float32))
+
+    def step_body(step, carry, first=False):
+      acc, row_max, row_sum, listed = carry
+      slot = lax.rem(step, jnp.int32(stages))
+      following = read_step(jnp.minimum(step + 1, steps - 1))
+      scores = scores_of(slot)
+      plgpu.barrier_arrive(k_free.at[slot])
+      parts, picked, new_max = [], [], row_max
+      for i in range(per_step):
+        part = scores[:, i * BLOCK:(i + 1) * BLOCK]
+        key0 = listed[i] * BLOCK
+        if first or segment_ref is not None:
+          key = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=_FULL) + key0
+          visible = spread(token + token0) >= key
+          if segment_ref is not None:
+            key_segment = plgpu.load(
+              segment_ref.at[batch, pl.ds(key0, BLOCK)], (), layout=_COLUMN,
+              optimized=False)
+            row_segment = plgpu.load(row_segment_ref.at[batch, tile], (), layout=_ROW, optimized=False)
+            key_segment = lax.broadcast_in_dim(key_segment, (ROWS, BLOCK), (1,))
+            row_segment = spread(row_segment)
+            visible &= (row_segment == key_segment) & (row_segment != 0)
+          part = jnp.where(visible, part, _MASKED)
+        word = splat(listed[per_step + i], _ROW)
+        bit = lax.bitwise_and(lax.shift_right_logical(word, token), jnp.ones_like(token))
+        parts.append(part)
+        picked.append(bit == 1)
+        high = part.max(axis=1) * (scale * _LOG2E)
+        new_max = jnp.maximum(new_max, jnp.where(picked[-1], high, _LOW))
+      shrink = jnp.exp2(row_max - new_max)
+      weights = []
+      for part, pick in zip(parts, picked):
+        subtract = jnp.where(pick, new_max, -_MASKED)
+        weights.append(jnp.exp2(part * (scale * _LOG2E) - spread(subtract)))
+      row_sum = row_sum * shrink
+      acc = acc * lax.broadcast_in_dim(shrink, acc.shape, (0,))
+      low = [w.astype(q_ref.dtype) for w in weights]
+      for w in weights:
+        row_sum = row_sum + w.sum(axis=1)
+      acc, row_sum, new_max, *low = lax.optimization_barrier((acc, row_sum, new_max, *low))
+      plgpu.barrier_arrive(turn)
+      plgpu.barrier_wait(v_ready.at[slot])
+      plgpu.barrier_wait(turn)
+
+      def multiply(acc_ref, i):
+        rows = v_smem.at[slot, pl.ds(i * BLOCK, BLOCK)]
+        if interpret:
+          p_smem[wg] = low[i]
+          plgpu.commit_smem()
+          plgpu.wgmma(acc_ref, p_smem.at[wg], rows)
+        else:
+          plgpu.wgmma(acc_ref, low[i], rows)
+
+      def wait_next():
+        @pl.when(step + 1 < steps)
+        def _():
+          plgpu.barrier_wait(k_ready.at[lax.rem(step + 1, jnp.int32(stages))])
+
+      if interpret:
+        for i in range(per_step):
+          def alone(acc_ref, i=i):
+            multiply(acc_ref, i)
+            return acc_ref[...]
+          acc = acc + pl.run_scoped(alone, plgpu.ACC(acc.shape, jnp.float32))
+        wait_next()
+      else:
+        def together(acc_ref):
+          for i in range(per_step):
+            multiply(acc_ref, i)
+          wait_next()
+        acc = pl.run_state(together)(plgpu.ACC.init(acc))
+      plgpu.barrier_arrive(v_free.at[slot])
+      return acc, new_max, row_sum, following
+
+    carry = (splat(jnp.float32(0), _FULL, (ROWS, q_smem.shape[-1])), splat(jnp.float32(_LOW), _ROW),
+             splat(jnp.float32(0), _ROW), read_step(0))
+    plgpu.barrier_wait(k_ready.at[0])
+    pl.when(wg == 1)(take_turn)
+    carry = step_body(jnp.int32(0), carry, first=True)
+    acc, row_max, row_sum, _ = lax.fori_loop(1, steps, step_body, carry)
+    pl.when(wg == 0)(take_turn)
+    sink = plgpu.load(sink_ref.at[kv, wg], (), layout=_ROW, optimized=False)
+    row_sum = row_sum + jnp.exp2(sink - row_max)
+    some = row_sum > 0
+    inverse = jnp.where(some, 1.0 / jnp.where(some, row_sum, 1.0), 0.0)
+    acc = acc * lax.broadcast_in_dim(inverse, acc.shape, (0,))
+    lse = row_max + jnp.log(jnp.where(some, row_sum, 1.0)) * _LOG2E
+    q_smem[wg] = acc.astype(q_ref.dtype)
+    lse_smem[wg] = jnp.where(some, lse, _MASKED)
+    plgpu.commit_smem()
+    for g in range(half):
+      plgpu.copy_smem_to_gmem(q_smem.at[wg, pl.ds(g * tokens, tokens)],
+                              out_ref.at[batch, pl.ds(token0, tokens), head0 + g])
+    plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[batch, kv, tile, wg])
+    plgpu.wait_smem_to_gmem(0)
+
+  @pl.when(wg == 2)
+  def _produce():
+    plgpu.set_max_registers(40, action="decrease")
+
+    def load(step, listed):
+      slot = lax.rem(step, jnp.int32(stages))
+      following = read_step(jnp.minimum(step + 1, steps - 1))
+      for gmem, smem, ready, free in ((k_ref, k_smem, k_ready, k_free),
+                                      (v_ref, v_smem, v_ready, v_free)):
+        @pl.when(step >= stages)
+        def _(free=free):
+          plgpu.barrier_wait(free.at[slot])
+        for i in range(per_step):
+          plgpu.copy_gmem_to_smem(gmem.at[batch, pl.ds(listed[i] * BLOCK, BLOCK), kv],
+                                  smem.at[slot, pl.ds(i * BLOCK, BLOCK)], ready.at[slot])
+      return following
+
+    lax.fori_loop(0, steps, load, read_step(0))
+    for slot in range(stages):                # see every load consumed before the program ends
+      @pl.when(slot < steps)
+      def _(slot=slot):
+        plgpu.barrier_wait(k_free.at[slot])
+        plgpu.barrier_wait(v_free.at[slot])
+
+
+def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=None,
+                  interpret=None):
+  """Attention over the hot picks of `plan`.
+
+  q [B,T,N,H], k, v [B,T,K,H] bf16 or f16, H 64 or 128, N / K in {4, 8, 16}; sinks f32 [N] join
+  the denominator -> out [B,T,N,H] (0 where a row sees no hot key), lse f32 [B,T,N] in base 2
+  (-1e30 there). `interpret` runs in GPU interpret mode: plgpu.InterpretGPUParams().
+  """
+  config = config or UnionConfig()
+  b, t, n, h = q.shape
+  kv_heads = k.shape[2]
+  group = n // kv_heads
+  tokens = tile_tokens(group)
+  tiles = t // tokens
+  if plan.config.tile_tokens != tokens or plan.config.list_multiple != config.blocks_per_step:
+    raise ValueError(f"plan: got tiles of {plan.config.tile_tokens} tokens in steps of "
+                     f"{plan.config.list_multiple} blocks, want {tokens} and "
+                     f"{config.blocks_per_step}")
+  sink_rows = jnp.full((n,), -jnp.inf, jnp.float32) if sinks is None else sinks * _LOG2E
+  sink_rows = jnp.repeat(sink_rows.astype(jnp.float32), tokens).reshape(kv_heads, 2, ROWS)
+  segments = ()
+  if segment_ids is not None:
+    row_segments = jnp.tile(segment_ids.reshape(b, tiles, 1, tokens), (1, 1, group // 2, 1))
+    segments = (segment_ids, row_segments.reshape(b, tiles, ROWS))
+  tiled = () if interpret else (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+  keys = config.blocks_per_step * BLOCK
+  loads = config.blocks_per_step
+  scratch = (
+    plgpu.SMEM((2, ROWS, h), q.dtype, transforms=tiled),
+    plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
+    plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
+    plgpu.SMEM((2, ROWS), jnp.float32),
+    plgpu.SMEM((2, ROWS, BLOCK) if interpret else (1,), q.dtype),
+    plgpu.Barrier(num_arrivals=group // 2, num_barriers=2),
+    plgpu.Barrier(num_arrivals=loads, num_barriers=config.stages),
+    plgpu.Barrier(num_arrivals=loads, num_barriers=config.stages),
+    plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+    plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+    plgpu.Barrier(num_arrivals=2))
+
+  def body(*refs):
+    inputs, rest = refs[:7], refs[7 + len(segments):]
+    segment_refs = refs[7:7 + len(segments)] or (None, None)
+    _union_kernel(*inputs, *segment_refs, *rest[:2], rest[2:], shape=(kv_heads, group, h),
+                  config=config, scale=scale, interpret=bool(interpret))
+
+  out, lse = plgpu.kernel(
+    body,
+    out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),
+              jax.ShapeDtypeStruct((b, kv_heads, tiles, 2, ROWS), jnp.float32)),
+    scratch_types=scratch, grid=(b * kv_heads * tiles,), grid_names=("program",),
+    num_threads=3, thread_name="wg",
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    **({"interpret": interpret} if interpret else {}),
+  )(q, k, v, plan.blocks, plan.words, plan.counts, sink_rows, *segments)
+  lse = lse.reshape(b, kv_heads, tiles, group, tokens).transpose(0, 2, 4, 1, 3)
+  return out, lse.reshape(b, t, n)
