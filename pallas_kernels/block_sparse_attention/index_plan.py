@@ -75,8 +75,8 @@ class KeyMajorWork:
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=("blocks", "words", "counts", "rare", "entries", "rare_work", "all_work"),
-  meta_fields=("config",))
+  data_fields=("blocks", "words", "counts", "rare", "valid", "entries", "rare_work", "all_work"),
+  meta_fields=("config", "picks"))
 @dataclasses.dataclass(frozen=True)
 class IndexPlan:
   """Tile unions, membership words and the inverse index of one set of picks.
@@ -85,6 +85,7 @@ class IndexPlan:
   words  i32 [B,K,L,U]  bit i: token i of the tile picked it; 0 beyond the tile's count
   counts i32 [B,K,L]    steps of `list_multiple` blocks that hold the tile's list
   rare   i32 [B,K,T]    bit p: pick p of the token is rare
+  valid  i32 [B,K,T]    bit p: the token has a pick p
   entries i32 [B*K*T*P] t * P + p of every pick, sorted by (b, k, block), rare ones first, then t
   """
 
@@ -92,10 +93,12 @@ class IndexPlan:
   words: jax.Array
   counts: jax.Array
   rare: jax.Array
+  valid: jax.Array
   entries: jax.Array
   rare_work: KeyMajorWork
   all_work: KeyMajorWork
   config: PlanConfig
+  picks: int
 
 
 def membership(block_indices, tile_tokens):
@@ -204,13 +207,15 @@ def build_plan(block_indices, num_blocks, config=None):
 
   # The inverse index: every pick sorted by block, rare ones ahead of hot ones.
   is_rare = ((flat >= 0) & ~hot).reshape(b, k, t, p)
-  rare = jnp.where(is_rare, 1 << jnp.arange(p, dtype=jnp.int32), 0).sum(-1, dtype=jnp.int32)
+  bit = 1 << jnp.arange(p, dtype=jnp.int32)
+  rare = jnp.where(is_rare, bit, 0).sum(-1, dtype=jnp.int32)
+  valid = jnp.where(block_indices >= 0, bit, 0).sum(-1, dtype=jnp.int32)
   split = 2 if config.has_hot and config.has_rare else 1
   entries, bounds = _inverse_index(block_indices, ~is_rare, split, num_blocks)
   most = b * k * t * p
   rare_end = bounds[:, 1] if config.has_rare else bounds[:, 0]
   return IndexPlan(
-    blocks, tile_words.astype(jnp.int32), counts, rare, entries,
+    blocks, tile_words.astype(jnp.int32), counts, rare, valid, entries,
     key_major_work(bounds[:, 0], rare_end, config.forward_entries,
                    most if config.has_rare else 0),
-    key_major_work(bounds[:, 0], bounds[:, -1], config.backward_entries, most), config)
+    key_major_work(bounds[:, 0], bounds[:, -1], config.backward_entries, most), config, p)

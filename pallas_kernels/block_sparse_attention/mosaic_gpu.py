@@ -22,6 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import compat
+
 ROWS = 64                                   # query rows of a warpgroup: the M of wgmma
 BLOCK = 64                                  # keys of a block
 _LOW = -1e20                                # running maximum before any key: finite on purpose
@@ -61,7 +63,7 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
   half = group // 2                         # heads of a warpgroup
   per_step, stages = config.blocks_per_step, config.stages
   keys = per_step * BLOCK
-  (q_smem, k_smem, v_smem, lse_smem, p_smem, q_ready, k_ready, v_ready, k_free, v_free,
+  (q_smem, k_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free,
    turn) = scratch
   tiles = lse_ref.shape[2]
   program = lax.axis_index("program")
@@ -81,7 +83,10 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
     return lax.broadcast_in_dim(row, (ROWS, BLOCK), (0,))
 
   def splat(value, layout, shape=(ROWS,)):
-    return plgpu.layout_cast(lax.broadcast_in_dim(value, shape, ()), layout)
+    return compat.cast(lax.broadcast_in_dim(value, shape, ()), layout, interpret)
+
+  def iota(layout, shape, dim):
+    return compat.cast(lax.broadcasted_iota(jnp.int32, shape, dim), layout, interpret)
 
   def read_step(step):
     at = [step * per_step + i for i in range(per_step)]
@@ -97,10 +102,14 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
         q_ref.at[batch, pl.ds(token0, tokens), head0 + g],
         q_smem.at[wg, pl.ds(g * tokens, tokens)], q_ready.at[wg])
     plgpu.barrier_wait(q_ready.at[wg])
-    row_iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_ROW)
+    row_iota = iota(_ROW, (ROWS,), 0)
     token = lax.bitwise_and(row_iota, splat(jnp.int32(tokens - 1), _ROW))
 
     def scores_of(slot):
+      if interpret:                         # interpret mode knows wgmma in part: plain products
+        take_turn()
+        return jnp.dot(q_smem[wg], k_smem[slot].T, preferred_element_type=jnp.float32)
+
       def run(acc):
         plgpu.wgmma(acc, q_smem.at[wg], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
         take_turn()
@@ -118,13 +127,12 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
         part = scores[:, i * BLOCK:(i + 1) * BLOCK]
         key0 = listed[i] * BLOCK
         if first or segment_ref is not None:
-          key = plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1, layout=_FULL) + key0
+          key = iota(_FULL, (ROWS, BLOCK), 1) + key0
           visible = spread(token + token0) >= key
           if segment_ref is not None:
-            key_segment = plgpu.load(
-              segment_ref.at[batch, pl.ds(key0, BLOCK)], (), layout=_COLUMN,
-              optimized=False)
-            row_segment = plgpu.load(row_segment_ref.at[batch, tile], (), layout=_ROW, optimized=False)
+            key_segment = compat.load(
+              segment_ref.at[batch, pl.ds(key0, BLOCK)], _COLUMN, interpret)
+            row_segment = compat.load(row_segment_ref.at[batch, tile], _ROW, interpret)
             key_segment = lax.broadcast_in_dim(key_segment, (ROWS, BLOCK), (1,))
             row_segment = spread(row_segment)
             visible &= (row_segment == key_segment) & (row_segment != 0)
@@ -150,33 +158,21 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
       plgpu.barrier_wait(v_ready.at[slot])
       plgpu.barrier_wait(turn)
 
-      def multiply(acc_ref, i):
-        rows = v_smem.at[slot, pl.ds(i * BLOCK, BLOCK)]
-        if interpret:
-          p_smem[wg] = low[i]
-          plgpu.commit_smem()
-          plgpu.wgmma(acc_ref, p_smem.at[wg], rows)
-        else:
-          plgpu.wgmma(acc_ref, low[i], rows)
+      def add_values(acc_ref):
+        for i, weight in enumerate(low):
+          values = v_smem.at[slot, pl.ds(i * BLOCK, BLOCK)]
+          if interpret:
+            acc_ref += jnp.dot(weight, values[...], preferred_element_type=jnp.float32)
+          else:
+            plgpu.wgmma(acc_ref, weight, values)
 
-      def wait_next():
         @pl.when(step + 1 < steps)
         def _():
           plgpu.barrier_wait(k_ready.at[lax.rem(step + 1, jnp.int32(stages))])
+        return acc_ref if interpret else None
 
-      if interpret:
-        for i in range(per_step):
-          def alone(acc_ref, i=i):
-            multiply(acc_ref, i)
-            return acc_ref[...]
-          acc = acc + pl.run_scoped(alone, plgpu.ACC(acc.shape, jnp.float32))
-        wait_next()
-      else:
-        def together(acc_ref):
-          for i in range(per_step):
-            multiply(acc_ref, i)
-          wait_next()
-        acc = pl.run_state(together)(plgpu.ACC.init(acc))
+      acc = add_values(acc) if interpret else pl.run_state(
+        add_values)(plgpu.ACC.init(acc))
       plgpu.barrier_arrive(v_free.at[slot])
       return acc, new_max, row_sum, following
 
@@ -187,7 +183,7 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
     carry = step_body(jnp.int32(0), carry, first=True)
     acc, row_max, row_sum, _ = lax.fori_loop(1, steps, step_body, carry)
     pl.when(wg == 0)(take_turn)
-    sink = plgpu.load(sink_ref.at[kv, wg], (), layout=_ROW, optimized=False)
+    sink = compat.load(sink_ref.at[kv, wg], _ROW, interpret)
     row_sum = row_sum + jnp.exp2(sink - row_max)
     some = row_sum > 0
     inverse = jnp.where(some, 1.0 / jnp.where(some, row_sum, 1.0), 0.0)
@@ -233,7 +229,7 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
 
   q [B,T,N,H], k, v [B,T,K,H] bf16 or f16, H 64 or 128, N / K in {4, 8, 16}; sinks f32 [N] join
   the denominator -> out [B,T,N,H] (0 where a row sees no hot key), lse f32 [B,T,N] in base 2
-  (-1e30 there). `interpret` runs in GPU interpret mode: plgpu.InterpretGPUParams().
+  (-1e30 there). `interpret`: compat.InterpretGPUParams() to run on CPU.
   """
   config = config or UnionConfig()
   b, t, n, h = q.shape
@@ -259,7 +255,6 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
     plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
     plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
     plgpu.SMEM((2, ROWS), jnp.float32),
-    plgpu.SMEM((2, ROWS, BLOCK) if interpret else (1,), q.dtype),
     plgpu.Barrier(num_arrivals=group // 2, num_barriers=2),
     plgpu.Barrier(num_arrivals=loads, num_barriers=config.stages),
     plgpu.Barrier(num_arrivals=loads, num_barriers=config.stages),
@@ -271,17 +266,14 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
     inputs, rest = refs[:7], refs[7 + len(segments):]
     segment_refs = refs[7:7 + len(segments)] or (None, None)
     _union_kernel(*inputs, *segment_refs, *rest[:2], rest[2:], shape=(kv_heads, group, h),
-                  config=config, scale=scale, interpret=bool(interpret))
+                  config=config, scale=scale, interpret=interpret)
 
-  out, lse = plgpu.kernel(
+  out, lse = compat.mosaic_gpu_kernel(
     body,
-    out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype),
-              jax.ShapeDtypeStruct((b, kv_heads, tiles, 2, ROWS), jnp.float32)),
-    scratch_types=scratch, grid=(b * kv_heads * tiles,), grid_names=("program",),
-    num_threads=3, thread_name="wg",
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    **({"interpret": interpret} if interpret else {}),
+    out=(jax.ShapeDtypeStruct(q.shape, q.dtype),
+         jax.ShapeDtypeStruct((b, kv_heads, tiles, 2, ROWS), jnp.float32)),
+    scratch=scratch, interpret=interpret, grid=(b * kv_heads * tiles,),
+    grid_names=("program",), num_threads=3, thread_name="wg",
   )(q, k, v, plan.blocks, plan.words, plan.counts, sink_rows, *segments)
   lse = lse.reshape(b, kv_heads, tiles, group, tokens).transpose(0, 2, 4, 1, 3)
   return out, lse.reshape(b, t, n)
