@@ -101,17 +101,19 @@ class IndexPlan:
   picks: int
 
 
-def membership(block_indices, tile_tokens):
-  """block_indices i32 [B,K,T,P] -> u32 [B,K,L,tile*P]: which tokens of the tile share a pick.
+def membership(block_indices, tile_tokens, num_blocks):
+  """block_indices i32 [B,K,T,P] -> u32 [B,K,L,C]: bit i: token i of the tile picked the block.
 
-  Compares every pick of a tile with every other: tile * P squared integer compares, which is
-  less work on a GPU than sorting the tile and running down the runs.
+  Sums of distinct powers of two, so the order of the scattered additions does not matter.
   """
   b, k, t, p = block_indices.shape
-  flat = block_indices.reshape(b, k, t // tile_tokens, tile_tokens * p)
+  tiles = t // tile_tokens
+  flat = block_indices.reshape(b * k * tiles, tile_tokens * p)
   bit = jnp.left_shift(jnp.uint32(1), jnp.arange(tile_tokens * p, dtype=jnp.uint32) // p)
-  same = (flat[..., :, None] == flat[..., None, :]) & (flat[..., :, None] >= 0)
-  return jnp.where(same, bit, jnp.uint32(0)).sum(-1, dtype=jnp.uint32)
+  row = jnp.arange(b * k * tiles, dtype=jnp.int32)[:, None]
+  words = jnp.zeros((b * k * tiles, num_blocks), jnp.uint32)
+  words = words.at[row, jnp.where(flat < 0, num_blocks, flat)].add(bit, mode="drop")
+  return words.reshape(b, k, tiles, num_blocks)
 
 
 def key_major_work(starts, ends, entries_per_program, max_entries):
@@ -120,8 +122,8 @@ def key_major_work(starts, ends, entries_per_program, max_entries):
   first = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(programs, dtype=jnp.int32)])
   width = max_entries // entries_per_program + starts.shape[0]
   index = jnp.arange(width, dtype=jnp.int32)
-  group = jnp.searchsorted(first, index, side="right").astype(jnp.int32) - 1
-  group = jnp.minimum(group, starts.shape[0] - 1)
+  group = jnp.searchsorted(first, index, side="right", method="compare_all") - 1
+  group = jnp.minimum(group.astype(jnp.int32), starts.shape[0] - 1)
   begin = starts[group] + (index - first[group]) * entries_per_program
   end = jnp.minimum(begin + entries_per_program, ends[group])
   live = index < first[-1]
@@ -129,45 +131,38 @@ def key_major_work(starts, ends, entries_per_program, max_entries):
     group, jnp.where(live, begin, 0), jnp.where(live, jnp.maximum(end, begin), 0), first)
 
 
-def _inverse_index(block_indices, second, split, num_blocks):
-  """Picks sorted by (b, k, block, second class, t), and where each class of a block starts.
+def _inverse_index(block_indices, second, num_blocks):
+  """Picks sorted by (b, k, block, second class, t); no pick is second where `second` is None.
 
   block_indices i32 [B,K,T,P]; second bool [B,K,T,P] puts a pick behind the others of its block
-  (when split is 2) -> entries i32 [B*K*T*P], bounds i32 [B*K*C, split + 1].
+  -> entries i32 [B*K*T*P], of which the first sum(valid) hold.
   """
   b, k, t, p = block_indices.shape
+  split = 1 if second is None else 2
   rows, picks, classes = b * k, t * p, num_blocks * split
-  kind = block_indices * split + (second.astype(jnp.int32) if split == 2 else 0)
+  kind = block_indices * split + (0 if second is None else second.astype(jnp.int32))
   kind = kind.reshape(rows, picks).astype(jnp.uint32)
   valid = block_indices.reshape(rows, picks) >= 0
   number = jnp.arange(picks, dtype=jnp.uint32)
-  total = valid.sum(1, dtype=jnp.int32)
   row = jnp.arange(rows, dtype=jnp.uint32)[:, None]
-  edges = jnp.arange(classes, dtype=jnp.uint32)
   if rows * classes * picks <= 1 << 32:           # everything in one 32-bit key, one flat sort
     keys = (row * classes + kind) * jnp.uint32(picks) + number
-    ordered = jnp.sort(jnp.where(valid, keys, _NONE).reshape(-1))
-    left = jnp.searchsorted(ordered, ((row * classes + edges) * jnp.uint32(picks)).reshape(-1))
-    left = jnp.minimum(left.astype(jnp.int32), total.sum())
-    right = jnp.concatenate([left[1:], total.sum()[None]])
-    entries = ordered % jnp.uint32(picks)
-  elif classes * t < 1 << 32:                     # a sort for each KV head, the pick as payload
-    def sort_row(args):
-      kind, valid = args
-      keys = jnp.where(valid, kind * jnp.uint32(t) + number // p, _NONE)
-      ordered, pick = lax.sort((keys, number % p), num_keys=1)
-      return (ordered % jnp.uint32(t)) * p + pick, jnp.searchsorted(ordered, edges * jnp.uint32(t))
-    entries, left = lax.map(sort_row, (kind, valid))
-    base = jnp.arange(rows, dtype=jnp.int32)[:, None] * picks
-    left = jnp.minimum(left.astype(jnp.int32), total[:, None])
-    right = jnp.concatenate([left[:, 1:], total[:, None]], axis=1) + base
-    left = left + base
-  else:
+    return jnp.sort(jnp.where(valid, keys, _NONE).reshape(-1)) % jnp.uint32(picks)
+  if classes * t >= 1 << 32:
     raise NotImplementedError(
       f"inverse index: got {num_blocks} blocks and T={t}, whose product does not fit 31 bits")
-  left, right = left.reshape(-1, split), right.reshape(-1, split)
-  return (entries.astype(jnp.int32).reshape(-1),
-          jnp.concatenate([left, right[:, -1:]], axis=1))
+
+  def append(entries, args):                      # a sort for each KV head, the pick as payload
+    kind, valid, base = args
+    keys = jnp.where(valid, kind * jnp.uint32(t) + number // p, _NONE)
+    ordered, pick = lax.sort((keys, number % p), num_keys=1)
+    ordered = (ordered % jnp.uint32(t)) * p + pick
+    return lax.dynamic_update_slice(entries, ordered, (base,)), None
+
+  total = valid.sum(1, dtype=jnp.int32)           # a row's invalid tail is written over
+  base = jnp.cumsum(total) - total
+  entries = jnp.zeros((rows * picks,), jnp.uint32)
+  return lax.scan(append, entries, (kind, valid, base))[0]
 
 
 def build_plan(block_indices, num_blocks, config=None):
@@ -183,9 +178,12 @@ def build_plan(block_indices, num_blocks, config=None):
   if tile * p > 512:
     raise NotImplementedError(f"got {p} picks in tiles of {tile} tokens, want at most 512 a tile")
   tiles = t // tile
-  words = membership(block_indices, tile)
-  hot = (lax.population_count(words) >= config.hot_threshold) & (words != 0)
+  table = membership(block_indices, tile, num_blocks)
+  members = lax.population_count(table).astype(jnp.int32)
   flat = block_indices.reshape(b, k, tiles, tile * p)
+  words = jnp.take_along_axis(table, jnp.maximum(flat, 0), axis=-1)
+  words = jnp.where(flat < 0, jnp.uint32(0), words)
+  hot = lax.population_count(words) >= config.hot_threshold
   entry = jnp.arange(tile * p, dtype=jnp.int32)
 
   # Union lists: each hot block once, by its first member; one sort of unique keys a tile.
@@ -210,12 +208,14 @@ def build_plan(block_indices, num_blocks, config=None):
   bit = 1 << jnp.arange(p, dtype=jnp.int32)
   rare = jnp.where(is_rare, bit, 0).sum(-1, dtype=jnp.int32)
   valid = jnp.where(block_indices >= 0, bit, 0).sum(-1, dtype=jnp.int32)
-  split = 2 if config.has_hot and config.has_rare else 1
-  entries, bounds = _inverse_index(block_indices, ~is_rare, split, num_blocks)
+  mixed = config.has_hot and config.has_rare
+  entries = _inverse_index(block_indices, ~is_rare if mixed else None, num_blocks)
+  ends = jnp.cumsum(members.sum(2).reshape(-1), dtype=jnp.int32)
+  starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])
+  rare_ends = starts + jnp.where(
+    members < config.hot_threshold, members, 0).sum(2, dtype=jnp.int32).reshape(-1)
   most = b * k * t * p
-  rare_end = bounds[:, 1] if config.has_rare else bounds[:, 0]
   return IndexPlan(
-    blocks, tile_words.astype(jnp.int32), counts, rare, valid, entries,
-    key_major_work(bounds[:, 0], rare_end, config.forward_entries,
-                   most if config.has_rare else 0),
-    key_major_work(bounds[:, 0], bounds[:, -1], config.backward_entries, most), config, p)
+    blocks, tile_words.astype(jnp.int32), counts, rare, valid, entries.astype(jnp.int32),
+    key_major_work(starts, rare_ends, config.forward_entries, most if config.has_rare else 0),
+    key_major_work(starts, ends, config.backward_entries, most), config, p)

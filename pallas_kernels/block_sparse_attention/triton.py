@@ -25,14 +25,14 @@ _MASKED = tl.constexpr(-1e30)       # score of an invisible key, log-sum-exp of 
 class KeyMajorConfig:
   """Tile sizes of the key-major kernels; the defaults are for H200 (LOG_gpu_sparse.md)."""
 
-  forward_rows: int = 128           # query rows (tokens x G heads) of a step
-  forward_warps: int = 8
-  forward_stages: int = 3
+  forward_rows: int = 64           # query rows (tokens x G heads) of a step
+  forward_warps: int = 4
+  forward_stages: int = 2
   backward_rows: int = 64
   backward_warps: int = 8
   backward_stages: int = 2
   combine_rows: int = 16
-  combine_warps: int = 4
+  combine_warps: int = 2
 
   def __post_init__(self):
     for name in ("forward_rows", "backward_rows"):
@@ -217,15 +217,15 @@ def sum_keys_kernel(dk_part_ptr, dv_part_ptr, first_ptr, dk_ptr, dv_ptr, T: tl.c
                     K: tl.constexpr, H: tl.constexpr, C: tl.constexpr):
   """dK and dV of a quarter of a block: its programs' sums, in the order of the programs."""
   group = tl.program_id(0)
-  begin = tl.load(first_ptr + group)
-  end = tl.load(first_ptr + group + 1)
+  begin = tl.load(first_ptr + group).to(tl.int64)
+  end = tl.load(first_ptr + group + 1).to(tl.int64)
   local = tl.program_id(1) * 16 + tl.arange(0, 16)
   d = tl.arange(0, H)
   within = local[:, None] * H + d[None, :]
   dkeys = tl.zeros([16, H], tl.float32)
   dvalues = tl.zeros([16, H], tl.float32)
   for program in range(begin, end):
-    at = program.to(tl.int64) * (64 * H) + within
+    at = program * (64 * H) + within
     dkeys += tl.load(dk_part_ptr + at)
     dvalues += tl.load(dv_part_ptr + at)
   row = (group // C).to(tl.int64)

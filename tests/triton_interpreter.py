@@ -1,0 +1,79 @@
+"""Runs the project's Triton kernels on CPU with Triton's own interpreter, without torch.
+
+`install()` must come before the first import of a module with Triton kernels. The interpreter
+takes tensors by duck typing; `_HostArray` is the little of that which it uses, over numpy.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class _HostArray:
+  """A numpy array that the interpreter takes for a tensor on the host."""
+
+  def __init__(self, array):
+    # Over-allocated, so that the data start on a 16-byte boundary as on a GPU.
+    raw = np.empty(array.nbytes + 16, np.uint8)
+    skip = -raw.ctypes.data % 16
+    self.array = raw[skip:skip + array.nbytes].view(array.dtype).reshape(array.shape)
+    self.array[...] = array
+    self.dtype = "torch." + str(jnp.dtype(array.dtype))
+
+  def data_ptr(self):
+    return self.array.ctypes.data
+
+  def untyped_storage(self):
+    return self
+
+  def cpu(self):
+    return self
+
+  def copy_(self, _):
+    return self
+
+  def new_empty(self, *_, **__):
+    return self
+
+  def set_(self, *_):
+    return self
+
+  def storage_offset(self):
+    return 0
+
+  def size(self):
+    return self.array.shape
+
+  def stride(self):
+    return ()
+
+
+def _poison(shape, dtype):
+  out = np.zeros(shape, dtype)
+  out[...] = np.nan if jnp.issubdtype(dtype, jnp.floating) else 2**30
+  return out
+
+
+def triton_call(*args, kernel, out_shape, grid, name="", num_warps=4, num_stages=1, **constants):
+  """`jax_triton.triton_call` on the interpreter; outputs start poisoned with NaN."""
+  del name, num_warps, num_stages
+  shapes, tree = jax.tree.flatten(out_shape)
+
+  def run(*arrays):
+    inputs = [_HostArray(np.asarray(x)) for x in arrays]
+    outputs = [_HostArray(_poison(s.shape, s.dtype)) for s in shapes]
+    kernel[grid](*inputs, *outputs, **constants)
+    return [x.array for x in outputs]
+
+  return jax.tree.unflatten(tree, jax.pure_callback(run, shapes, *args))
+
+
+def install():
+  """Turns the interpreter on and puts it in jax-triton's place; returns the kernels' module."""
+  os.environ["TRITON_INTERPRET"] = "1"
+  from pallas_kernels.block_sparse_attention import triton as kernels
+
+  kernels._call = lambda kernel, *args, **kwargs: triton_call(*args, kernel=kernel, **kwargs)
+  return kernels
