@@ -40,11 +40,12 @@ class UnionConfig:
 
   blocks_per_step: int = 2
   stages: int = 2                           # steps of K and V in flight
+  programs: int = 132                       # one a multiprocessor of an H100 or H200
 
   def __post_init__(self):
     if self.blocks_per_step not in (1, 2):
       raise ValueError(f"blocks_per_step: got {self.blocks_per_step}, want 1 or 2")
-    shared_kib = 32 + self.stages * self.blocks_per_step * 32      # at H = 128
+    shared_kib = 64 + self.stages * self.blocks_per_step * 32      # at H = 128
     if self.stages < 2 or shared_kib > 224:
       raise ValueError(f"stages: got {self.stages} of {self.blocks_per_step} blocks, want at "
                        "least 2 and at most 224 KiB in all")
@@ -56,24 +57,32 @@ def tile_tokens(group):
 
 
 def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_ref, segment_ref,
-                  row_segment_ref, out_ref, lse_ref, scratch, *, shape, config, scale, interpret):
-  """The body: see the module. `shape` is (K, G, H); rows of a warpgroup are head-major."""
+                  row_segment_ref, out_ref, lse_ref, scratch, *, shape, config, programs, scale,
+                  interpret):
+  """The body: see the module. `shape` is (K, G, H); rows of a warpgroup are head-major.
+
+  A program runs tiles program, program + programs, ...: its producer fetches the next tile's
+  queries and first blocks while the consumers finish and store the last one.
+  """
   kv_heads, group, _ = shape
   tokens = tile_tokens(group)
   half = group // 2                         # heads of a warpgroup
   per_step, stages = config.blocks_per_step, config.stages
   keys = per_step * BLOCK
-  (q_smem, k_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free,
+  (q_smem, k_smem, v_smem, lse_smem, q_ready, q_free, k_ready, v_ready, k_free, v_free,
    turn) = scratch
-  tiles = lse_ref.shape[2]
+  batches, _, tiles = lse_ref.shape[:3]
   program = lax.axis_index("program")
   wg = lax.axis_index("wg")
-  # Late tiles first: they have the longest lists.
-  tile = (tiles - 1) - lax.rem(program, jnp.int32(tiles))
-  kv = lax.rem(lax.div(program, jnp.int32(tiles)), jnp.int32(kv_heads))
-  batch = lax.div(program, jnp.int32(tiles * kv_heads))
-  token0 = tile * tokens
-  steps = counts_ref[batch, kv, tile]
+  items = batches * kv_heads * tiles
+  rounds = lax.div(jnp.int32(items + programs - 1) - program, jnp.int32(programs))
+
+  def place(turn_index):
+    """batch, KV head and tile of a round; late tiles, whose lists are long, come first."""
+    item = jnp.minimum(program + turn_index * programs, items - 1)
+    tile = (tiles - 1) - lax.rem(item, jnp.int32(tiles))
+    head = lax.div(item, jnp.int32(tiles))
+    return lax.div(head, jnp.int32(kv_heads)), lax.rem(head, jnp.int32(kv_heads)), tile
 
   def take_turn():
     plgpu.barrier_arrive(turn)
@@ -88,139 +97,180 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
   def iota(layout, shape, dim):
     return compat.cast(lax.broadcasted_iota(jnp.int32, shape, dim), layout, interpret)
 
-  def read_step(step):
-    at = [step * per_step + i for i in range(per_step)]
-    return tuple(blocks_ref[batch, kv, tile, i] for i in at) + tuple(
-      words_ref[batch, kv, tile, i] for i in at)
+  def read_step(at, step):
+    listed = [at + (step * per_step + i,) for i in range(per_step)]
+    return tuple(blocks_ref[i] for i in listed) + tuple(words_ref[i] for i in listed)
+
+  def read_tile(index):
+    at = place(index)
+    return (counts_ref[at],) + read_step(at, 0)
+
+  def slot_of(step):
+    return lax.rem(step, jnp.int32(stages))
 
   @pl.when(wg < 2)
   def _consume():
     plgpu.set_max_registers(232, action="increase")
-    head0 = kv * group + wg * half
-    for g in range(half):
-      plgpu.copy_gmem_to_smem(
-        q_ref.at[batch, pl.ds(token0, tokens), head0 + g],
-        q_smem.at[wg, pl.ds(g * tokens, tokens)], q_ready.at[wg])
-    plgpu.barrier_wait(q_ready.at[wg])
     row_iota = iota(_ROW, (ROWS,), 0)
     token = lax.bitwise_and(row_iota, splat(jnp.int32(tokens - 1), _ROW))
 
-    def scores_of(slot):
+    def scores_of(queries, slot):
       if interpret:                         # interpret mode knows wgmma in part: plain products
         take_turn()
-        return jnp.dot(q_smem[wg], k_smem[slot].T, preferred_element_type=jnp.float32)
+        return jnp.dot(queries[...], k_smem[slot].T, preferred_element_type=jnp.float32)
 
       def run(acc):
-        plgpu.wgmma(acc, q_smem.at[wg], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+        plgpu.wgmma(acc, queries, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
         take_turn()
         return acc[...]
       return pl.run_scoped(run, plgpu.ACC((ROWS, keys), jnp.float32))
 
-    def step_body(step, carry, first=False):
-      acc, row_max, row_sum, listed = carry
-      slot = lax.rem(step, jnp.int32(stages))
-      following = read_step(jnp.minimum(step + 1, steps - 1))
-      scores = scores_of(slot)
-      plgpu.barrier_arrive(k_free.at[slot])
-      parts, picked, new_max = [], [], row_max
-      for i in range(per_step):
-        part = scores[:, i * BLOCK:(i + 1) * BLOCK]
-        key0 = listed[i] * BLOCK
-        if first or segment_ref is not None:
-          key = iota(_FULL, (ROWS, BLOCK), 1) + key0
-          visible = spread(token + token0) >= key
-          if segment_ref is not None:
-            key_segment = compat.load(
-              segment_ref.at[batch, pl.ds(key0, BLOCK)], _COLUMN, interpret)
-            row_segment = compat.load(row_segment_ref.at[batch, tile], _ROW, interpret)
-            key_segment = lax.broadcast_in_dim(key_segment, (ROWS, BLOCK), (1,))
-            row_segment = spread(row_segment)
-            visible &= (row_segment == key_segment) & (row_segment != 0)
-          part = jnp.where(visible, part, _MASKED)
-        word = splat(listed[per_step + i], _ROW)
-        bit = lax.bitwise_and(lax.shift_right_logical(word, token), jnp.ones_like(token))
-        parts.append(part)
-        picked.append(bit == 1)
-        high = part.max(axis=1) * (scale * _LOG2E)
-        new_max = jnp.maximum(new_max, jnp.where(picked[-1], high, _LOW))
-      shrink = jnp.exp2(row_max - new_max)
-      weights = []
-      for part, pick in zip(parts, picked):
-        subtract = jnp.where(pick, new_max, -_MASKED)
-        weights.append(jnp.exp2(part * (scale * _LOG2E) - spread(subtract)))
-      row_sum = row_sum * shrink
-      acc = acc * lax.broadcast_in_dim(shrink, acc.shape, (0,))
-      low = [w.astype(q_ref.dtype) for w in weights]
-      for w in weights:
-        row_sum = row_sum + w.sum(axis=1)
-      acc, row_sum, new_max, *low = lax.optimization_barrier((acc, row_sum, new_max, *low))
-      plgpu.barrier_arrive(turn)
-      plgpu.barrier_wait(v_ready.at[slot])
-      plgpu.barrier_wait(turn)
+    def run_tile(index, carry):
+      base, steps, *listed = carry
+      batch, kv, tile = at = place(index)
+      token0 = tile * tokens
+      buffer = lax.rem(index, jnp.int32(2))
+      following_tile = read_tile(index + 1)
+      queries = q_smem.at[buffer, wg]
 
-      def add_values(acc_ref):
-        for i, weight in enumerate(low):
-          values = v_smem.at[slot, pl.ds(i * BLOCK, BLOCK)]
-          if interpret:
-            acc_ref += jnp.dot(weight, values[...], preferred_element_type=jnp.float32)
-          else:
-            plgpu.wgmma(acc_ref, weight, values)
+      def run_step(step, carry, first=False):
+        acc, row_max, row_sum, listed = carry
+        slot = slot_of(base + step)
+        following = read_step(at, jnp.minimum(step + 1, steps - 1))
+        scores = scores_of(queries, slot)
+        plgpu.barrier_arrive(k_free.at[slot])
+        parts, picked, new_max = [], [], row_max
+        for i in range(per_step):
+          part = scores[:, i * BLOCK:(i + 1) * BLOCK]
+          key0 = listed[i] * BLOCK
+          if first or segment_ref is not None:
+            key = iota(_FULL, (ROWS, BLOCK), 1) + key0
+            visible = spread(token + token0) >= key
+            if segment_ref is not None:
+              key_segment = compat.load(
+                segment_ref.at[batch, pl.ds(key0, BLOCK)], _COLUMN, interpret)
+              row_segment = compat.load(row_segment_ref.at[batch, tile], _ROW, interpret)
+              key_segment = lax.broadcast_in_dim(key_segment, (ROWS, BLOCK), (1,))
+              row_segment = spread(row_segment)
+              visible &= (row_segment == key_segment) & (row_segment != 0)
+            part = jnp.where(visible, part, _MASKED)
+          word = splat(listed[per_step + i], _ROW)
+          bit = lax.bitwise_and(lax.shift_right_logical(word, token), jnp.ones_like(token))
+          parts.append(part)
+          picked.append(bit == 1)
+          high = part.max(axis=1) * (scale * _LOG2E)
+          new_max = jnp.maximum(new_max, jnp.where(picked[-1], high, _LOW))
+        shrink = jnp.exp2(row_max - new_max)
+        weights = []
+        for part, pick in zip(parts, picked):
+          subtract = jnp.where(pick, new_max, -_MASKED)
+          weights.append(jnp.exp2(part * (scale * _LOG2E) - spread(subtract)))
+        row_sum = row_sum * shrink
+        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, (0,))
+        low = [w.astype(q_ref.dtype) for w in weights]
+        for w in weights:
+          row_sum = row_sum + w.sum(axis=1)
+        if first:                           # the last tile's output has left its buffer by now
+          @pl.when(index > 0)
+          def _():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_free.at[(1 - buffer) * 2 + wg])
+        acc, row_sum, new_max, *low = lax.optimization_barrier((acc, row_sum, new_max, *low))
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(v_ready.at[slot])
+        plgpu.barrier_wait(turn)
 
-        @pl.when(step + 1 < steps)
-        def _():
-          plgpu.barrier_wait(k_ready.at[lax.rem(step + 1, jnp.int32(stages))])
-        return acc_ref if interpret else None
+        def add_values(acc_ref):
+          for i, weight in enumerate(low):
+            values = v_smem.at[slot, pl.ds(i * BLOCK, BLOCK)]
+            if interpret:
+              acc_ref += jnp.dot(weight, values[...], preferred_element_type=jnp.float32)
+            else:
+              plgpu.wgmma(acc_ref, weight, values)
 
-      acc = add_values(acc) if interpret else pl.run_state(
-        add_values)(plgpu.ACC.init(acc))
-      plgpu.barrier_arrive(v_free.at[slot])
-      return acc, new_max, row_sum, following
+          @pl.when(step + 1 < steps)
+          def _():
+            plgpu.barrier_wait(k_ready.at[slot_of(base + step + 1)])
+          return acc_ref if interpret else None
 
-    carry = (splat(jnp.float32(0), _FULL, (ROWS, q_smem.shape[-1])), splat(jnp.float32(_LOW), _ROW),
-             splat(jnp.float32(0), _ROW), read_step(0))
-    plgpu.barrier_wait(k_ready.at[0])
+        acc = add_values(acc) if interpret else pl.run_state(add_values)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(v_free.at[slot])
+        return acc, new_max, row_sum, following
+
+      carry = (splat(jnp.float32(0), _FULL, (ROWS, q_smem.shape[-1])),
+               splat(jnp.float32(_LOW), _ROW), splat(jnp.float32(0), _ROW), tuple(listed))
+      plgpu.barrier_wait(q_ready.at[buffer * 2 + wg])
+      plgpu.barrier_wait(k_ready.at[slot_of(base)])
+      carry = run_step(jnp.int32(0), carry, first=True)
+      acc, row_max, row_sum, _ = lax.fori_loop(1, steps, run_step, carry)
+      sink = compat.load(sink_ref.at[kv, wg], _ROW, interpret)
+      row_sum = row_sum + jnp.exp2(sink - row_max)
+      some = row_sum > 0
+      inverse = jnp.where(some, 1.0 / jnp.where(some, row_sum, 1.0), 0.0)
+      acc = acc * lax.broadcast_in_dim(inverse, acc.shape, (0,))
+      lse = row_max + jnp.log(jnp.where(some, row_sum, 1.0)) * _LOG2E
+      q_smem[buffer, wg] = acc.astype(q_ref.dtype)
+      lse_smem[wg] = jnp.where(some, lse, _MASKED)
+      plgpu.commit_smem()
+      for g in range(half):
+        plgpu.copy_smem_to_gmem(
+          q_smem.at[buffer, wg, pl.ds(g * tokens, tokens)],
+          out_ref.at[batch, pl.ds(token0, tokens), kv * group + wg * half + g])
+      plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[batch, kv, tile, wg])
+      return (base + steps,) + following_tile
+
     pl.when(wg == 1)(take_turn)
-    carry = step_body(jnp.int32(0), carry, first=True)
-    acc, row_max, row_sum, _ = lax.fori_loop(1, steps, step_body, carry)
+    lax.fori_loop(0, rounds, run_tile, (jnp.int32(0),) + read_tile(jnp.int32(0)))
     pl.when(wg == 0)(take_turn)
-    sink = compat.load(sink_ref.at[kv, wg], _ROW, interpret)
-    row_sum = row_sum + jnp.exp2(sink - row_max)
-    some = row_sum > 0
-    inverse = jnp.where(some, 1.0 / jnp.where(some, row_sum, 1.0), 0.0)
-    acc = acc * lax.broadcast_in_dim(inverse, acc.shape, (0,))
-    lse = row_max + jnp.log(jnp.where(some, row_sum, 1.0)) * _LOG2E
-    q_smem[wg] = acc.astype(q_ref.dtype)
-    lse_smem[wg] = jnp.where(some, lse, _MASKED)
-    plgpu.commit_smem()
-    for g in range(half):
-      plgpu.copy_smem_to_gmem(q_smem.at[wg, pl.ds(g * tokens, tokens)],
-                              out_ref.at[batch, pl.ds(token0, tokens), head0 + g])
-    plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[batch, kv, tile, wg])
     plgpu.wait_smem_to_gmem(0)
 
   @pl.when(wg == 2)
   def _produce():
     plgpu.set_max_registers(40, action="decrease")
 
-    def load(step, listed):
-      slot = lax.rem(step, jnp.int32(stages))
-      following = read_step(jnp.minimum(step + 1, steps - 1))
-      for gmem, smem, ready, free in ((k_ref, k_smem, k_ready, k_free),
-                                      (v_ref, v_smem, v_ready, v_free)):
-        @pl.when(step >= stages)
-        def _(free=free):
-          plgpu.barrier_wait(free.at[slot])
-        for i in range(per_step):
-          plgpu.copy_gmem_to_smem(gmem.at[batch, pl.ds(listed[i] * BLOCK, BLOCK), kv],
-                                  smem.at[slot, pl.ds(i * BLOCK, BLOCK)], ready.at[slot])
-      return following
+    def load_tile(index, carry):
+      base, steps, *listed = carry
+      batch, kv, tile = at = place(index)
+      buffer = lax.rem(index, jnp.int32(2))
+      following_tile = read_tile(index + 1)
+      for half_index in range(2):
+        @pl.when(index >= 2)
+        def _(half_index=half_index):
+          plgpu.barrier_wait(q_free.at[buffer * 2 + half_index])
+        for g in range(half):
+          plgpu.copy_gmem_to_smem(
+            q_ref.at[batch, pl.ds(tile * tokens, tokens), kv * group + half_index * half + g],
+            q_smem.at[buffer, half_index, pl.ds(g * tokens, tokens)],
+            q_ready.at[buffer * 2 + half_index])
 
-    lax.fori_loop(0, steps, load, read_step(0))
-    for slot in range(stages):                # see every load consumed before the program ends
-      @pl.when(slot < steps)
+      def load(step, listed):
+        slot = slot_of(base + step)
+        following = read_step(at, jnp.minimum(step + 1, steps - 1))
+        for gmem, smem, ready, free in ((k_ref, k_smem, k_ready, k_free),
+                                        (v_ref, v_smem, v_ready, v_free)):
+          @pl.when(base + step >= stages)
+          def _(free=free):
+            plgpu.barrier_wait(free.at[slot])
+          for i in range(per_step):
+            plgpu.copy_gmem_to_smem(gmem.at[batch, pl.ds(listed[i] * BLOCK, BLOCK), kv],
+                                    smem.at[slot, pl.ds(i * BLOCK, BLOCK)], ready.at[slot])
+        return following
+
+      lax.fori_loop(0, steps, load, tuple(listed))
+      return (base + steps,) + following_tile
+
+    total, *_ = lax.fori_loop(
+      0, rounds, load_tile, (jnp.int32(0),) + read_tile(jnp.int32(0)))
+    for slot in range(stages):              # see every load consumed before the program ends
+      @pl.when(slot < total)
       def _(slot=slot):
         plgpu.barrier_wait(k_free.at[slot])
         plgpu.barrier_wait(v_free.at[slot])
+
+    @pl.when(rounds > 1)
+    def _():
+      for half_index in range(2):
+        plgpu.barrier_wait(q_free.at[lax.rem(rounds, jnp.int32(2)) * 2 + half_index])
 
 
 def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=None,
@@ -250,12 +300,14 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
   tiled = () if interpret else (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
   keys = config.blocks_per_step * BLOCK
   loads = config.blocks_per_step
+  programs = min(config.programs, b * kv_heads * tiles)
   scratch = (
-    plgpu.SMEM((2, ROWS, h), q.dtype, transforms=tiled),
+    plgpu.SMEM((2, 2, ROWS, h), q.dtype, transforms=tiled),
     plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
     plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
     plgpu.SMEM((2, ROWS), jnp.float32),
-    plgpu.Barrier(num_arrivals=group // 2, num_barriers=2),
+    plgpu.Barrier(num_arrivals=group // 2, num_barriers=4),
+    plgpu.Barrier(num_arrivals=1, num_barriers=4),
     plgpu.Barrier(num_arrivals=loads, num_barriers=config.stages),
     plgpu.Barrier(num_arrivals=loads, num_barriers=config.stages),
     plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
@@ -266,13 +318,13 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
     inputs, rest = refs[:7], refs[7 + len(segments):]
     segment_refs = refs[7:7 + len(segments)] or (None, None)
     _union_kernel(*inputs, *segment_refs, *rest[:2], rest[2:], shape=(kv_heads, group, h),
-                  config=config, scale=scale, interpret=interpret)
+                  config=config, programs=programs, scale=scale, interpret=interpret)
 
   out, lse = compat.mosaic_gpu_kernel(
     body,
     out=(jax.ShapeDtypeStruct(q.shape, q.dtype),
          jax.ShapeDtypeStruct((b, kv_heads, tiles, 2, ROWS), jnp.float32)),
-    scratch=scratch, interpret=interpret, grid=(b * kv_heads * tiles,),
+    scratch=scratch, interpret=interpret, grid=(programs,),
     grid_names=("program",), num_threads=3, thread_name="wg",
   )(q, k, v, plan.blocks, plan.words, plan.counts, sink_rows, *segments)
   lse = lse.reshape(b, kv_heads, tiles, group, tokens).transpose(0, 2, 4, 1, 3)
