@@ -56,18 +56,25 @@ def _poison(shape, dtype):
   return out
 
 
-def triton_call(*args, kernel, out_shape, grid, name="", num_warps=4, num_stages=1, **constants):
+def triton_call(*args, kernel, out_shape, grid, name="", num_warps=4, num_stages=1,
+                input_output_aliases=None, **constants):
   """`jax_triton.triton_call` on the interpreter; outputs start poisoned with NaN."""
   del name, num_warps, num_stages
   shapes, tree = jax.tree.flatten(out_shape)
 
+  aliases = {o: i for i, o in (input_output_aliases or {}).items()}
+  is_array = [not isinstance(x, int) for x in args]
+
   def run(*arrays):
-    inputs = [_HostArray(np.asarray(x)) for x in arrays]
-    outputs = [_HostArray(_poison(s.shape, s.dtype)) for s in shapes]
+    rest = iter(arrays)
+    inputs = [_HostArray(np.asarray(next(rest))) if a else x for a, x in zip(is_array, args)]
+    outputs = [inputs[aliases[i]] if i in aliases else _HostArray(_poison(s.shape, s.dtype))
+               for i, s in enumerate(shapes)]
     kernel[grid](*inputs, *outputs, **constants)
     return [x.array for x in outputs]
 
-  return jax.tree.unflatten(tree, jax.pure_callback(run, shapes, *args))
+  arrays = [x for a, x in zip(is_array, args) if a]
+  return jax.tree.unflatten(tree, jax.pure_callback(run, shapes, *arrays))
 
 
 def install():

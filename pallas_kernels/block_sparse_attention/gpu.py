@@ -56,8 +56,8 @@ def _forward(q, k, v, sinks, segment_ids, plan, scale):
       segment_ids=segment_ids)
     if not config.has_rare:
       return union
-  part, part_lse = triton.rare_forward(q, k, v, plan, scale=scale, segment_ids=segment_ids)
-  return triton.combine(part, part_lse, plan, q, k, union=union, sinks=sinks)
+  return triton.forward(q, k, v, plan, scale=scale, union=union, sinks=sinks,
+                        segment_ids=segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

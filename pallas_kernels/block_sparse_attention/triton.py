@@ -28,11 +28,12 @@ class KeyMajorConfig:
   forward_rows: int = 64           # query rows (tokens x G heads) of a step
   forward_warps: int = 4
   forward_stages: int = 2
-  backward_rows: int = 64
+  backward_rows: int = 128
   backward_warps: int = 8
   backward_stages: int = 2
   combine_rows: int = 16
   combine_warps: int = 2
+  partial_bytes: int = 6 << 30      # of one pass: more KV heads than fit take further passes
 
   def __post_init__(self):
     for name in ("forward_rows", "backward_rows"):
@@ -52,16 +53,29 @@ def _visible(token, key, batch, segment_ptr, T: tl.constexpr, SEGMENTS: tl.const
 
 
 @triton.jit
-def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr, segment_ptr,
-                   part_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-                   H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
-                   SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
-  """Partial outputs and log-sum-exps of one program's picks of one block."""
-  start = tl.load(start_ptr + tl.program_id(0))
-  end = tl.load(end_ptr + tl.program_id(0))
-  if start >= end:
+def _ones(bits):
+  """How many of the low 16 bits are set."""
+  bits = bits - ((bits >> 1) & 0x5555)
+  bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
+  bits = (bits + (bits >> 4)) & 0x0F0F
+  return (bits + (bits >> 8)) & 0x1F
+
+
+@triton.jit
+def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, rare_ptr, group_ptr, start_ptr, end_ptr,
+                   first_ptr, segment_ptr, first_row, part_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+                   H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+                   TOKENS: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
+  """Partial outputs and log-sum-exps of one program's picks of one block.
+
+  A token's parts are stored in the order of its rare picks, without gaps.
+  """
+  program = tl.program_id(0) + tl.load(first_ptr + first_row * C)
+  if program >= tl.load(first_ptr + (first_row + ROWS) * C):
     return
-  group = tl.load(group_ptr + tl.program_id(0))
+  start = tl.load(start_ptr + program)
+  end = tl.load(end_ptr + program)
+  group = tl.load(group_ptr + program)
   row = (group // C).to(tl.int64)
   batch = row // K
   kv = row % K
@@ -86,7 +100,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr
     total = tl.sum(weights, 1)
     safe = tl.where(total > 0, total, 1.0)
     out = tl.dot(weights.to(values.dtype), values) * (1.0 / safe)[:, None]
-    to = (row * (T * P) + entry) * G + head
+    below = tl.load(rare_ptr + row * T + token) & ((1 << (entry % P)) - 1)
+    to = (((row - first_row) * T + token) * P + _ones(below)) * G + head
     tl.store(part_ptr + to[:, None] * H + d[None, :], out.to(part_ptr.dtype.element_ty),
              mask=live[:, None])
     tl.store(lse_ptr + to, tl.where(total > 0, high + tl.log2(safe), _MASKED), mask=live)
@@ -94,20 +109,21 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr
 
 @triton.jit
 def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, union_ptr, union_lse_ptr, sink_ptr,
-                   out_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+                   _old_out_ptr, _old_lse_ptr, first_row, out_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
                    H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, UNION: tl.constexpr,
                    SINKS: tl.constexpr):
   """One softmax out of a token's rare partials, its union part and its sink."""
-  row = tl.program_id(1).to(tl.int64)
+  row = first_row + tl.program_id(1).to(tl.int64)
   batch = row // K
   kv = row % K
   lane = tl.arange(0, TOKENS * G)
   token = tl.program_id(0) * TOKENS + lane // G
   head = lane % G
   d = tl.arange(0, H)
-  bits = tl.load(rare_ptr + row * T + token)
+  count = _ones(tl.load(rare_ptr + row * T + token))
+  most = tl.max(count, 0)
   query = (batch * T + token) * (K * G) + kv * G + head
-  first = (row * T + token) * (P * G) + head
+  first = (tl.program_id(1).to(tl.int64) * T + token) * (P * G) + head
   high = tl.full([TOKENS * G], _LOW, tl.float32)
   if UNION:
     union_lse = tl.load(union_lse_ptr + query)
@@ -115,8 +131,8 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, union_ptr, union_lse_ptr, s
   if SINKS:
     sink = tl.load(sink_ptr + kv * G + head) * _LOG2E
     high = tl.maximum(high, sink)
-  for p in range(P):
-    has = ((bits >> p) & 1) == 1
+  for p in range(most):
+    has = p < count
     high = tl.maximum(high, tl.load(part_lse_ptr + first + p * G, mask=has, other=_MASKED))
   total = tl.zeros([TOKENS * G], tl.float32)
   acc = tl.zeros([TOKENS * G, H], tl.float32)
@@ -127,8 +143,8 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, union_ptr, union_lse_ptr, s
     acc += weight[:, None] * union
   if SINKS:
     total += tl.exp2(sink - high)
-  for p in range(P):
-    has = ((bits >> p) & 1) == 1
+  for p in range(most):
+    has = p < count
     at = first + p * G
     weight = tl.exp2(tl.load(part_lse_ptr + at, mask=has, other=_MASKED) - high)
     total += weight
@@ -142,16 +158,17 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, union_ptr, union_lse_ptr, s
 
 @triton.jit
 def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr, group_ptr,
-                    start_ptr, end_ptr, segment_ptr, dq_ptr, dk_ptr, dv_ptr, T: tl.constexpr,
-                    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-                    C: tl.constexpr, TOKENS: tl.constexpr, SCALE: tl.constexpr,
-                    SEGMENTS: tl.constexpr):
+                    start_ptr, end_ptr, first_ptr, segment_ptr, first_row, dq_ptr, dk_ptr, dv_ptr,
+                    T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+                    P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+                    SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
   """dK and dV of one program's picks of one block, and each pick's part of dQ."""
-  start = tl.load(start_ptr + tl.program_id(0))
-  end = tl.load(end_ptr + tl.program_id(0))
-  if start >= end:
+  program = tl.program_id(0) + tl.load(first_ptr + first_row * C)
+  if program >= tl.load(first_ptr + (first_row + ROWS) * C):
     return
-  group = tl.load(group_ptr + tl.program_id(0))
+  start = tl.load(start_ptr + program)
+  end = tl.load(end_ptr + program)
+  group = tl.load(group_ptr + program)
   row = (group // C).to(tl.int64)
   batch = row // K
   kv = row % K
@@ -183,7 +200,7 @@ def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr
     dscores = dscores.to(keys.dtype)
     dkeys += tl.dot(tl.trans(dscores), queries)
     dquery = tl.dot(dscores, keys) * SCALE
-    to = (row * (T * P) + entry) * G + head
+    to = ((row - first_row) * (T * P) + entry) * G + head
     tl.store(dq_ptr + to[:, None] * H + d[None, :], dquery.to(dq_ptr.dtype.element_ty),
              mask=live[:, None])
   to = (tl.program_id(0).to(tl.int64) * 64 + local)[:, None] * H + d[None, :]
@@ -192,16 +209,17 @@ def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr
 
 
 @triton.jit
-def sum_queries_kernel(part_ptr, valid_ptr, dq_ptr, T: tl.constexpr, K: tl.constexpr,
-                       G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr):
+def sum_queries_kernel(part_ptr, valid_ptr, _old_ptr, first_row, dq_ptr, T: tl.constexpr,
+                       K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+                       TOKENS: tl.constexpr):
   """dQ of a token: the sum of its picks' parts, in the order of the picks."""
-  row = tl.program_id(1).to(tl.int64)
+  row = first_row + tl.program_id(1).to(tl.int64)
   lane = tl.arange(0, TOKENS * G)
   token = tl.program_id(0) * TOKENS + lane // G
   head = lane % G
   d = tl.arange(0, H)
   bits = tl.load(valid_ptr + row * T + token)
-  first = (row * T + token) * (P * G) + head
+  first = (tl.program_id(1).to(tl.int64) * T + token) * (P * G) + head
   acc = tl.zeros([TOKENS * G, H], tl.float32)
   for p in range(P):
     has = ((bits >> p) & 1) == 1
@@ -213,12 +231,14 @@ def sum_queries_kernel(part_ptr, valid_ptr, dq_ptr, T: tl.constexpr, K: tl.const
 
 
 @triton.jit
-def sum_keys_kernel(dk_part_ptr, dv_part_ptr, first_ptr, dk_ptr, dv_ptr, T: tl.constexpr,
-                    K: tl.constexpr, H: tl.constexpr, C: tl.constexpr):
+def sum_keys_kernel(dk_part_ptr, dv_part_ptr, first_ptr, _old_dk_ptr, _old_dv_ptr, first_row,
+                    dk_ptr, dv_ptr, T: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                    C: tl.constexpr):
   """dK and dV of a quarter of a block: its programs' sums, in the order of the programs."""
-  group = tl.program_id(0)
-  begin = tl.load(first_ptr + group).to(tl.int64)
-  end = tl.load(first_ptr + group + 1).to(tl.int64)
+  group = tl.program_id(0) + first_row * C
+  origin = tl.load(first_ptr + first_row * C)
+  begin = (tl.load(first_ptr + group) - origin).to(tl.int64)
+  end = (tl.load(first_ptr + group + 1) - origin).to(tl.int64)
   local = tl.program_id(1) * 16 + tl.arange(0, 16)
   d = tl.arange(0, H)
   within = local[:, None] * H + d[None, :]
@@ -240,74 +260,97 @@ def _call(kernel, *args, **kwargs):
   return jax_triton.triton_call(*args, kernel=kernel, name=kernel.fn.__name__, **kwargs)
 
 
-def _sizes(q, k, block_picks):
-  b, t, n, h = q.shape
-  kv_heads = k.shape[2]
-  return b, dict(T=t, K=kv_heads, G=n // kv_heads, H=h, P=block_picks)
+def _sizes(q, k, plan):
+  n, kv_heads = q.shape[2], k.shape[2]
+  return dict(T=q.shape[1], K=kv_heads, G=n // kv_heads, H=q.shape[3], P=plan.picks)
 
 
-def _segments(segment_ids):
-  return jnp.zeros((1,), jnp.int32) if segment_ids is None else segment_ids
+def _passes(q, rows, sizes, config):
+  """(batch, KV head) rows of a pass: as many as keep the partials within `partial_bytes`."""
+  row_bytes = sizes["T"] * sizes["P"] * sizes["G"] * sizes["H"] * q.dtype.itemsize
+  each = max(1, min(rows, config.partial_bytes // row_bytes))
+  while rows % each:
+    each -= 1
+  return each
 
 
-def rare_forward(q, k, v, plan, *, scale, segment_ids=None, config=None):
-  """Partials of the plan's rare picks -> [B*K, T*P, G, H] in q's dtype, base-2 lse f32 [B*K,T*P,G].
+def _after(arrays, done):
+  """`arrays`, not available before `done` is: keeps one pass's partials alive at a time."""
+  return jax.lax.optimization_barrier((arrays, done))[0]
 
-  Entries of picks that are not rare are left unwritten.
+
+def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, config=None):
+  """The rare picks of the plan, and `union` = (out, lse) of the hot ones, as one softmax.
+
+  q [B,T,N,H], k, v [B,T,K,H], sinks f32 [N] -> out [B,T,N,H], base-2 lse f32 [B,T,N], the sink
+  included; a row that sees no key has out 0.
   """
   config = config or KeyMajorConfig()
-  b, sizes = _sizes(q, k, plan.picks)
-  rows, group = b * sizes["K"], sizes["G"]
-  work = plan.rare_work
-  return _call(
-    forward_kernel, q, k, v, plan.entries, work.group, work.starts, work.ends,
-    _segments(segment_ids),
-    out_shape=(jax.ShapeDtypeStruct((rows, sizes["T"] * plan.picks, group, sizes["H"]), q.dtype),
-               jax.ShapeDtypeStruct((rows, sizes["T"] * plan.picks, group), jnp.float32)),
-    grid=(work.starts.shape[0],), num_warps=config.forward_warps,
-    num_stages=config.forward_stages, C=sizes["T"] // 64, SCALE=float(scale),
-    TOKENS=max(config.forward_rows // group, 1), SEGMENTS=segment_ids is not None, **sizes)
-
-
-def combine(part, part_lse, plan, q, k, *, union=None, sinks=None, config=None):
-  """Partials, and `union` = (out, lse) of the hot picks -> out [B,T,N,H], lse f32 [B,T,N]."""
-  config = config or KeyMajorConfig()
-  b, sizes = _sizes(q, k, plan.picks)
-  union_out, union_lse = (q, part_lse) if union is None else union
-  tokens = max(config.combine_rows // sizes["G"], 1)
-  return _call(
-    combine_kernel, part, part_lse, plan.rare, union_out, union_lse,
-    jnp.zeros((1,), jnp.float32) if sinks is None else sinks,
-    out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),
-               jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
-    grid=(sizes["T"] // tokens, b * sizes["K"]), num_warps=config.combine_warps, num_stages=1,
-    TOKENS=tokens, UNION=union is not None, SINKS=sinks is not None, **sizes)
+  sizes = _sizes(q, k, plan)
+  rows, group = q.shape[0] * sizes["K"], sizes["G"]
+  each = _passes(q, rows, sizes, config)
+  entries = sizes["T"] * sizes["P"]
+  work, blocks = plan.rare_work, sizes["T"] // 64
+  combine_tokens = max(config.combine_rows // group, 1)
+  segments = jnp.zeros((1,), jnp.int32) if segment_ids is None else segment_ids
+  sink_values = jnp.zeros((1,), jnp.float32) if sinks is None else sinks
+  done = ()
+  for first_row in range(0, rows, each):
+    q, k, v = _after((q, k, v), done)
+    part, part_lse = _call(
+      forward_kernel, q, k, v, plan.entries, plan.rare, work.group, work.starts, work.ends,
+      work.first, segments, first_row,
+      out_shape=(jax.ShapeDtypeStruct((each, entries, group, sizes["H"]), q.dtype),
+                 jax.ShapeDtypeStruct((each, entries, group), jnp.float32)),
+      grid=(each * (entries // plan.config.forward_entries + blocks),),
+      num_warps=config.forward_warps, num_stages=config.forward_stages, C=blocks, ROWS=each,
+      SCALE=float(scale), TOKENS=max(config.forward_rows // group, 1),
+      SEGMENTS=segment_ids is not None, **sizes)
+    union_out, union_lse = (q, part_lse) if union is None else union
+    old = done or (jnp.zeros((1,), q.dtype), jnp.zeros((1,), jnp.float32))
+    done = _call(
+      combine_kernel, part, part_lse, plan.rare, union_out, union_lse, sink_values, *old,
+      first_row,
+      out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),
+                 jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
+      input_output_aliases={6: 0, 7: 1} if done else None,
+      grid=(sizes["T"] // combine_tokens, each), num_warps=config.combine_warps, num_stages=1,
+      TOKENS=combine_tokens, UNION=union is not None, SINKS=sinks is not None, **sizes)
+    done = tuple(done)
+  return done
 
 
 def backward(q, k, v, dout, lse, delta, plan, *, scale, segment_ids=None, config=None):
   """Gradients of q, k and v; lse (base 2) and delta = sum_h out * dout are f32 [B,T,N]."""
   config = config or KeyMajorConfig()
-  b, sizes = _sizes(q, k, plan.picks)
-  rows, group, h = b * sizes["K"], sizes["G"], sizes["H"]
-  work = plan.all_work
-  programs = work.starts.shape[0]
-  blocks = sizes["T"] // 64
-  parts = jax.ShapeDtypeStruct((programs, 64, h), jnp.float32)
-  dq_part, dk_part, dv_part = _call(
-    backward_kernel, q, k, v, dout, lse, delta, plan.entries, work.group, work.starts, work.ends,
-    _segments(segment_ids),
-    out_shape=(jax.ShapeDtypeStruct((rows, sizes["T"] * plan.picks, group, h), q.dtype),
-               parts, parts),
-    grid=(programs,), num_warps=config.backward_warps, num_stages=config.backward_stages,
-    C=blocks, SCALE=float(scale), TOKENS=max(config.backward_rows // group, 1),
-    SEGMENTS=segment_ids is not None, **sizes)
+  sizes = _sizes(q, k, plan)
+  rows, group, h = q.shape[0] * sizes["K"], sizes["G"], sizes["H"]
+  each = _passes(q, rows, sizes, config)
+  entries = sizes["T"] * sizes["P"]
+  work, blocks = plan.all_work, sizes["T"] // 64
+  programs = each * (entries // plan.config.backward_entries + blocks)
   tokens = max(config.combine_rows // group, 1)
-  dq = _call(
-    sum_queries_kernel, dq_part, plan.valid, out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    grid=(sizes["T"] // tokens, rows), num_warps=config.combine_warps, num_stages=1,
-    TOKENS=tokens, **sizes)
-  dk, dv = _call(
-    sum_keys_kernel, dk_part, dv_part, work.first,
-    out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-    grid=(rows * blocks, 4), num_warps=4, num_stages=1, T=sizes["T"], K=sizes["K"], H=h, C=blocks)
-  return dq, dk, dv
+  segments = jnp.zeros((1,), jnp.int32) if segment_ids is None else segment_ids
+  parts = jax.ShapeDtypeStruct((programs, 64, h), jnp.float32)
+  dq, dkv = (), ()
+  for first_row in range(0, rows, each):
+    q, k, v = _after((q, k, v), (dq, dkv))
+    dq_part, dk_part, dv_part = _call(
+      backward_kernel, q, k, v, dout, lse, delta, plan.entries, work.group, work.starts,
+      work.ends, work.first, segments, first_row,
+      out_shape=(jax.ShapeDtypeStruct((each, entries, group, h), q.dtype), parts, parts),
+      grid=(programs,), num_warps=config.backward_warps, num_stages=config.backward_stages,
+      C=blocks, ROWS=each, SCALE=float(scale), TOKENS=max(config.backward_rows // group, 1),
+      SEGMENTS=segment_ids is not None, **sizes)
+    dq = (_call(
+      sum_queries_kernel, dq_part, plan.valid, *(dq or (jnp.zeros((1,), q.dtype),)), first_row,
+      out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+      input_output_aliases={2: 0} if dq else None, grid=(sizes["T"] // tokens, each),
+      num_warps=config.combine_warps, num_stages=1, TOKENS=tokens, **sizes),)
+    dkv = tuple(_call(
+      sum_keys_kernel, dk_part, dv_part, work.first,
+      *(dkv or (jnp.zeros((1,), k.dtype), jnp.zeros((1,), v.dtype))), first_row,
+      out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+      input_output_aliases={3: 0, 4: 1} if dkv else None, grid=(each * blocks, 4), num_warps=4,
+      num_stages=1, T=sizes["T"], K=sizes["K"], H=h, C=blocks))
+  return dq[0], *dkv
