@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _NONE = jnp.uint32(0xFFFFFFFF)
+_WINDOW = 1024          # tiles sorted by length together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,8 @@ class KeyMajorWork:
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=("blocks", "words", "counts", "rare", "valid", "entries", "rare_work", "all_work"),
+  data_fields=("blocks", "words", "counts", "order", "rare", "valid", "entries", "rare_work",
+               "all_work"),
   meta_fields=("config", "picks"))
 @dataclasses.dataclass(frozen=True)
 class IndexPlan:
@@ -84,14 +86,17 @@ class IndexPlan:
   blocks i32 [B,K,L,U]  hot blocks of tile l, the tile's own block first, then ascending
   words  i32 [B,K,L,U]  bit i: token i of the tile picked it; 0 beyond the tile's count
   counts i32 [B,K,L]    steps of `list_multiple` blocks that hold the tile's list
-  rare   i32 [B,K,T]    bit p: pick p of the token is rare
-  valid  i32 [B,K,T]    bit p: the token has a pick p
-  entries i32 [B*K*T*P] t * P + p of every pick, sorted by (b, k, block), rare ones first, then t
+  order  i32 [B,K,L]    the tiles in the order to run them: most steps first, by windows
+  rare   i32 [B,K,T]    how many of the token's picks are rare
+  valid  i32 [B,K,T]    how many picks the token has
+  entries i32 [B*K*T*P] t * P + slot of every pick, sorted by (b, k, block), rare ones first, then
+                        t; slots number a token's picks, rare ones first, without gaps
   """
 
   blocks: jax.Array
   words: jax.Array
   counts: jax.Array
+  order: jax.Array
   rare: jax.Array
   valid: jax.Array
   entries: jax.Array
@@ -131,11 +136,11 @@ def key_major_work(starts, ends, entries_per_program, max_entries):
     group, jnp.where(live, begin, 0), jnp.where(live, jnp.maximum(end, begin), 0), first)
 
 
-def _inverse_index(block_indices, second, num_blocks):
+def _inverse_index(block_indices, slots, second, num_blocks):
   """Picks sorted by (b, k, block, second class, t); no pick is second where `second` is None.
 
-  block_indices i32 [B,K,T,P]; second bool [B,K,T,P] puts a pick behind the others of its block
-  -> entries i32 [B*K*T*P], of which the first sum(valid) hold.
+  block_indices, slots i32 [B,K,T,P]; second bool [B,K,T,P] puts a pick behind the others of its
+  block -> t * P + slot, u32 [B*K*T*P], of which the first sum(valid) hold.
   """
   b, k, t, p = block_indices.shape
   split = 1 if second is None else 2
@@ -143,26 +148,41 @@ def _inverse_index(block_indices, second, num_blocks):
   kind = block_indices * split + (0 if second is None else second.astype(jnp.int32))
   kind = kind.reshape(rows, picks).astype(jnp.uint32)
   valid = block_indices.reshape(rows, picks) >= 0
-  number = jnp.arange(picks, dtype=jnp.uint32)
+  slots = slots.reshape(rows, picks).astype(jnp.uint32)
+  token = jnp.arange(picks, dtype=jnp.uint32) // p
   row = jnp.arange(rows, dtype=jnp.uint32)[:, None]
   if rows * classes * picks <= 1 << 32:           # everything in one 32-bit key, one flat sort
-    keys = (row * classes + kind) * jnp.uint32(picks) + number
+    keys = (row * classes + kind) * jnp.uint32(picks) + (token * p + slots)
     return jnp.sort(jnp.where(valid, keys, _NONE).reshape(-1)) % jnp.uint32(picks)
   if classes * t >= 1 << 32:
     raise NotImplementedError(
       f"inverse index: got {num_blocks} blocks and T={t}, whose product does not fit 31 bits")
 
   def append(entries, args):                      # a sort for each KV head, the pick as payload
-    kind, valid, base = args
-    keys = jnp.where(valid, kind * jnp.uint32(t) + number // p, _NONE)
-    ordered, pick = lax.sort((keys, number % p), num_keys=1)
-    ordered = (ordered % jnp.uint32(t)) * p + pick
+    kind, valid, slots, base = args
+    keys = jnp.where(valid, kind * jnp.uint32(t) + token, _NONE)
+    ordered, slots = lax.sort((keys, slots), num_keys=1)
+    ordered = (ordered % jnp.uint32(t)) * p + slots
     return lax.dynamic_update_slice(entries, ordered, (base,)), None
 
   total = valid.sum(1, dtype=jnp.int32)           # a row's invalid tail is written over
   base = jnp.cumsum(total) - total
   entries = jnp.zeros((rows * picks,), jnp.uint32)
-  return lax.scan(append, entries, (kind, valid, base))[0]
+  return lax.scan(append, entries, (kind, valid, slots, base))[0]
+
+
+def _longest_first(counts):
+  """Tiles of each head, late windows first, longest first inside a window of tiles.
+
+  Programs that run side by side then take equally long, and stay near each other in T.
+  """
+  tiles = counts.shape[-1]
+  window = max(w for w in range(1, min(tiles, _WINDOW) + 1) if tiles % w == 0)
+  number = jnp.arange(tiles, dtype=jnp.int32)
+  # counts are at most 256 steps (512 picks of a tile); key: window, then steps, then tile
+  key = ((tiles // window - 1 - number // window) * 512 + 511 - counts) * window + number % window
+  position = jnp.sort(key, axis=-1)
+  return (tiles // window - 1 - position // (512 * window)) * window + position % window
 
 
 def build_plan(block_indices, num_blocks, config=None):
@@ -202,20 +222,23 @@ def build_plan(block_indices, num_blocks, config=None):
   tile_words = jnp.where(live, jnp.take_along_axis(words, pick, axis=-1), 0)
   counts = live.sum(-1, dtype=jnp.int32)
   counts = jnp.maximum(-(-counts // config.list_multiple), 1)
+  order = _longest_first(counts)
 
   # The inverse index: every pick sorted by block, rare ones ahead of hot ones.
   is_rare = ((flat >= 0) & ~hot).reshape(b, k, t, p)
-  bit = 1 << jnp.arange(p, dtype=jnp.int32)
-  rare = jnp.where(is_rare, bit, 0).sum(-1, dtype=jnp.int32)
-  valid = jnp.where(block_indices >= 0, bit, 0).sum(-1, dtype=jnp.int32)
+  is_hot = (block_indices >= 0) & ~is_rare
+  rare = is_rare.sum(-1, dtype=jnp.int32)
+  valid = (block_indices >= 0).sum(-1, dtype=jnp.int32)
+  slots = jnp.where(is_rare, jnp.cumsum(is_rare, axis=-1, dtype=jnp.int32),
+                    rare[..., None] + jnp.cumsum(is_hot, axis=-1, dtype=jnp.int32)) - 1
   mixed = config.has_hot and config.has_rare
-  entries = _inverse_index(block_indices, ~is_rare if mixed else None, num_blocks)
+  entries = _inverse_index(block_indices, slots, is_hot if mixed else None, num_blocks)
   ends = jnp.cumsum(members.sum(2).reshape(-1), dtype=jnp.int32)
   starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])
   rare_ends = starts + jnp.where(
     members < config.hot_threshold, members, 0).sum(2, dtype=jnp.int32).reshape(-1)
   most = b * k * t * p
   return IndexPlan(
-    blocks, tile_words.astype(jnp.int32), counts, rare, valid, entries.astype(jnp.int32),
+    blocks, tile_words.astype(jnp.int32), counts, order, rare, valid, entries.astype(jnp.int32),
     key_major_work(starts, rare_ends, config.forward_entries, most if config.has_rare else 0),
     key_major_work(starts, ends, config.backward_entries, most), config, p)

@@ -56,8 +56,8 @@ def tile_tokens(group):
   return 2 * ROWS // group
 
 
-def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_ref, segment_ref,
-                  row_segment_ref, out_ref, lse_ref, scratch, *, shape, config, programs, scale,
+def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_ref, sink_ref,
+                  segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *, shape, config, programs, scale,
                   interpret):
   """The body: see the module. `shape` is (K, G, H); rows of a warpgroup are head-major.
 
@@ -77,12 +77,12 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
   items = batches * kv_heads * tiles
   rounds = lax.div(jnp.int32(items + programs - 1) - program, jnp.int32(programs))
 
-  def place(turn_index):
-    """batch, KV head and tile of a round; late tiles, whose lists are long, come first."""
-    item = jnp.minimum(program + turn_index * programs, items - 1)
-    tile = (tiles - 1) - lax.rem(item, jnp.int32(tiles))
+  def place(index):
+    """batch, KV head and tile of a round."""
+    item = jnp.minimum(program + index * programs, items - 1)
     head = lax.div(item, jnp.int32(tiles))
-    return lax.div(head, jnp.int32(kv_heads)), lax.rem(head, jnp.int32(kv_heads)), tile
+    batch, kv = lax.div(head, jnp.int32(kv_heads)), lax.rem(head, jnp.int32(kv_heads))
+    return batch, kv, order_ref[batch, kv, lax.rem(item, jnp.int32(tiles))]
 
   def take_turn():
     plgpu.barrier_arrive(turn)
@@ -103,7 +103,7 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
 
   def read_tile(index):
     at = place(index)
-    return (counts_ref[at],) + read_step(at, 0)
+    return at + (counts_ref[at],) + read_step(at, 0)
 
   def slot_of(step):
     return lax.rem(step, jnp.int32(stages))
@@ -126,8 +126,8 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
       return pl.run_scoped(run, plgpu.ACC((ROWS, keys), jnp.float32))
 
     def run_tile(index, carry):
-      base, steps, *listed = carry
-      batch, kv, tile = at = place(index)
+      base, batch, kv, tile, steps, *listed = carry
+      at = batch, kv, tile
       token0 = tile * tokens
       buffer = lax.rem(index, jnp.int32(2))
       following_tile = read_tile(index + 1)
@@ -229,8 +229,8 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, sink_r
     plgpu.set_max_registers(40, action="decrease")
 
     def load_tile(index, carry):
-      base, steps, *listed = carry
-      batch, kv, tile = at = place(index)
+      base, batch, kv, tile, steps, *listed = carry
+      at = batch, kv, tile
       buffer = lax.rem(index, jnp.int32(2))
       following_tile = read_tile(index + 1)
       for half_index in range(2):
@@ -315,8 +315,8 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
     plgpu.Barrier(num_arrivals=2))
 
   def body(*refs):
-    inputs, rest = refs[:7], refs[7 + len(segments):]
-    segment_refs = refs[7:7 + len(segments)] or (None, None)
+    inputs, rest = refs[:8], refs[8 + len(segments):]
+    segment_refs = refs[8:8 + len(segments)] or (None, None)
     _union_kernel(*inputs, *segment_refs, *rest[:2], rest[2:], shape=(kv_heads, group, h),
                   config=config, programs=programs, scale=scale, interpret=interpret)
 
@@ -326,6 +326,6 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
          jax.ShapeDtypeStruct((b, kv_heads, tiles, 2, ROWS), jnp.float32)),
     scratch=scratch, interpret=interpret, grid=(programs,),
     grid_names=("program",), num_threads=3, thread_name="wg",
-  )(q, k, v, plan.blocks, plan.words, plan.counts, sink_rows, *segments)
+  )(q, k, v, plan.blocks, plan.words, plan.counts, plan.order, sink_rows, *segments)
   lse = lse.reshape(b, kv_heads, tiles, group, tokens).transpose(0, 2, 4, 1, 3)
   return out, lse.reshape(b, t, n)

@@ -25,7 +25,7 @@ _MASKED = tl.constexpr(-1e30)       # score of an invisible key, log-sum-exp of 
 class KeyMajorConfig:
   """Tile sizes of the key-major kernels; the defaults are for H200 (LOG_gpu_sparse.md)."""
 
-  forward_rows: int = 64           # query rows (tokens x G heads) of a step
+  forward_rows: int = 128          # query rows (tokens x G heads) of a step
   forward_warps: int = 4
   forward_stages: int = 2
   backward_rows: int = 128
@@ -53,22 +53,13 @@ def _visible(token, key, batch, segment_ptr, T: tl.constexpr, SEGMENTS: tl.const
 
 
 @triton.jit
-def _ones(bits):
-  """How many of the low 16 bits are set."""
-  bits = bits - ((bits >> 1) & 0x5555)
-  bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
-  bits = (bits + (bits >> 4)) & 0x0F0F
-  return (bits + (bits >> 8)) & 0x1F
-
-
-@triton.jit
-def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, rare_ptr, group_ptr, start_ptr, end_ptr,
-                   first_ptr, segment_ptr, first_row, part_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr, first_ptr,
+                   segment_ptr, first_row, part_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
                    H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
                    TOKENS: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
   """Partial outputs and log-sum-exps of one program's picks of one block.
 
-  A token's parts are stored in the order of its rare picks, without gaps.
+  A token's parts are stored side by side, one for each of its rare picks.
   """
   program = tl.program_id(0) + tl.load(first_ptr + first_row * C)
   if program >= tl.load(first_ptr + (first_row + ROWS) * C):
@@ -100,8 +91,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, rare_ptr, group_ptr, start_pt
     total = tl.sum(weights, 1)
     safe = tl.where(total > 0, total, 1.0)
     out = tl.dot(weights.to(values.dtype), values) * (1.0 / safe)[:, None]
-    below = tl.load(rare_ptr + row * T + token) & ((1 << (entry % P)) - 1)
-    to = (((row - first_row) * T + token) * P + _ones(below)) * G + head
+    to = ((row - first_row) * (T * P) + entry) * G + head
     tl.store(part_ptr + to[:, None] * H + d[None, :], out.to(part_ptr.dtype.element_ty),
              mask=live[:, None])
     tl.store(lse_ptr + to, tl.where(total > 0, high + tl.log2(safe), _MASKED), mask=live)
@@ -120,7 +110,7 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, union_ptr, union_lse_ptr, s
   token = tl.program_id(0) * TOKENS + lane // G
   head = lane % G
   d = tl.arange(0, H)
-  count = _ones(tl.load(rare_ptr + row * T + token))
+  count = tl.load(rare_ptr + row * T + token)
   most = tl.max(count, 0)
   query = (batch * T + token) * (K * G) + kv * G + head
   first = (tl.program_id(1).to(tl.int64) * T + token) * (P * G) + head
@@ -218,11 +208,11 @@ def sum_queries_kernel(part_ptr, valid_ptr, _old_ptr, first_row, dq_ptr, T: tl.c
   token = tl.program_id(0) * TOKENS + lane // G
   head = lane % G
   d = tl.arange(0, H)
-  bits = tl.load(valid_ptr + row * T + token)
+  count = tl.load(valid_ptr + row * T + token)
   first = (tl.program_id(1).to(tl.int64) * T + token) * (P * G) + head
   acc = tl.zeros([TOKENS * G, H], tl.float32)
-  for p in range(P):
-    has = ((bits >> p) & 1) == 1
+  for p in range(tl.max(count, 0)):
+    has = p < count
     part = tl.load(part_ptr + (first + p * G)[:, None] * H + d[None, :], mask=has[:, None],
                    other=0.0)
     acc += part.to(tl.float32)
@@ -298,8 +288,8 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, c
   for first_row in range(0, rows, each):
     q, k, v = _after((q, k, v), done)
     part, part_lse = _call(
-      forward_kernel, q, k, v, plan.entries, plan.rare, work.group, work.starts, work.ends,
-      work.first, segments, first_row,
+      forward_kernel, q, k, v, plan.entries, work.group, work.starts, work.ends, work.first,
+      segments, first_row,
       out_shape=(jax.ShapeDtypeStruct((each, entries, group, sizes["H"]), q.dtype),
                  jax.ShapeDtypeStruct((each, entries, group), jnp.float32)),
       grid=(each * (entries // plan.config.forward_entries + blocks),),
