@@ -1,0 +1,1 @@
+"""Programs: train, evaluate, generate, account. Each is `python -m experiments.NAME`."""

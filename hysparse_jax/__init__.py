@@ -1,0 +1,1 @@
+"""HySparse: hybrid sparse attention with oracle block selection and KV sharing, in JAX."""

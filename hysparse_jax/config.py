@@ -59,8 +59,8 @@ class MoeConfig(_Checked):
   num_experts: int = 512              # E
   experts_per_token: int = 8          # k
   d_ff: int = 512                     # F of one expert
-  load_balance_weight: float = 1e-2   # weight of the load-balancing loss (Switch Transformer, eq. 4)
-  router_z_weight: float = 1e-3       # weight of the router z-loss (ST-MoE, eq. 5)
+  load_balance_weight: float = 1e-2   # of the load-balancing loss (Switch Transformer, eq. 4)
+  router_z_weight: float = 1e-3       # of the router z-loss (ST-MoE, eq. 5)
   bias_update_rate: float = 0.0       # > 0: auxiliary-loss-free balancing by a bias (DeepSeek-V3)
   normalize_weights: bool = True      # the k chosen weights sum to 1
 
@@ -253,7 +253,7 @@ class TrainConfig(_Checked):
   eval_batches: int = 8
   checkpoint_every: int = 250         # steps; 0: only at the end
   keep_checkpoints: int = 3
-  spike_factor: float = 10.0          # skip a step whose gradient norm exceeds this x its average; 0: off
+  spike_factor: float = 10.0          # x the average gradient norm: skip the step; 0: off
   max_bad_steps: int = 5              # consecutive skipped steps that stop the run
   tensorboard: bool = False
 
@@ -339,45 +339,57 @@ def load(path: str) -> Config:
   return cfg
 
 
-def override(cfg, assignment: str):
-  """`override(cfg, "model.window=64")`: a copy with that one field changed, type-checked.
+def override(cfg, *assignments: str):
+  """`override(cfg, "model.window=64", "optim.lr=1e-3")`: a copy with those fields changed.
+
+  Values are type-checked one by one, combinations once all of them are in; later ones win.
 
   Raises:
     UserError: no such field, a value of the wrong type, or a combination that cannot be.
   """
-  path, equals, text = assignment.partition("=")
-  _require(bool(equals), f"override {assignment!r} has no '='; write it as model.window=64")
-  return _override(cfg, path.strip().split("."), text.strip(), path.strip())
+  edits = []
+  for assignment in assignments:
+    path, equals, text = assignment.partition("=")
+    _require(bool(equals), f"override {assignment!r} has no '='; write it as model.window=64")
+    edits.append((path.strip(), path.strip().split("."), text.strip()))
+  return _override(cfg, edits)
 
 
-def _override(cfg, names, text, path):
-  kinds = typing.get_type_hints(type(cfg))
-  name = names[0]
-  if name not in kinds:
-    near = difflib.get_close_matches(name, kinds, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{path}: {type(cfg).__name__} has no field {name!r}{hint} "
-                    f"(fields: {', '.join(kinds)})")
-  current = getattr(cfg, name)
-  if len(names) > 1:
-    if current is None:
-      raise UserError(f"{path}: {name} is not set in this config; start from one that sets it "
-                      "(for moe: configs/tiny_moe.py)")
-    _require(dataclasses.is_dataclass(current), f"{path}: {name} is a value, it has no fields")
-    return dataclasses.replace(cfg, **{name: _override(current, names[1:], text, path)})
-  _require(not dataclasses.is_dataclass(current) or text == "None",
-           f"{path}: {name} is a section; set one of its fields, such as "
-           f"{path}.{next(iter(typing.get_type_hints(type(current))), '')}")
-  kind = kinds[name]
+def _override(section, edits):
+  kinds = typing.get_type_hints(type(section))
+  changes, inner = {}, {}
+  for path, (name, *rest), text in edits:
+    if name not in kinds:
+      near = difflib.get_close_matches(name, kinds, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise UserError(f"{path}: {type(section).__name__} has no field {name!r}{hint} "
+                      f"(fields: {', '.join(kinds)})")
+    current = getattr(section, name)
+    if rest:
+      _require(current is not None, f"{path}: {name} is not set in this config; start from one "
+                                    "that sets it (for moe: configs/tiny_moe.py)")
+      _require(dataclasses.is_dataclass(current), f"{path}: {name} is a value, it has no fields")
+      inner.setdefault(name, []).append((path, rest, text))
+    else:
+      _require(not dataclasses.is_dataclass(current) or text == "None",
+               f"{path}: {name} is a section; set one of its fields, such as "
+               f"{path}.{next(iter(typing.get_type_hints(type(current))), '')}")
+      changes[name] = _parse(text, kinds[name], path)
+  for name, its_edits in inner.items():
+    changes[name] = _override(getattr(section, name), its_edits)
+  return dataclasses.replace(section, **changes)
+
+
+def _parse(text, kind, path):
   try:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = text
   if not _fits(value, kind) and _fits(text, kind):
     value = text
-  if not _fits(value, kind):
-    raise UserError(f"{path}={text}: expected {_spell(kind)}, got {type(value).__name__}")
-  return dataclasses.replace(cfg, **{name: value})
+  _require(_fits(value, kind),
+           f"{path}={text}: expected {_spell(kind)}, got {type(value).__name__}")
+  return value
 
 
 def _fits(value, kind) -> bool:

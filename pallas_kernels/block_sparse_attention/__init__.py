@@ -1,0 +1,1 @@
+"""Attention over the key blocks an oracle layer picked (REFERENCE section 1, sparse branch)."""

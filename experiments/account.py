@@ -1,0 +1,34 @@
+"""Prints parameters, FLOPs and KV bytes of a config beside its full and SWA twins; runs nothing.
+
+    python -m experiments.account --config=configs/hysparse_80b_a3b.py --tokens=32768
+        [--set a.b=v ...] [--kv_dtype=bf16|fp8|f32] [--json]
+"""
+
+import json
+
+from absl import flags
+
+from experiments import cli
+from hysparse_jax import accounting
+
+_TOKENS = flags.DEFINE_integer("tokens", None, "Sequence length; default: data.seq_len.")
+_KV_DTYPE = flags.DEFINE_enum("kv_dtype", "bf16", list(accounting.KV_DTYPE_BYTES),
+                              "Element type of the KV cache.")
+
+
+def main(argv):
+  """Entry point."""
+  del argv
+  cfg = cli.load_config()
+  tokens = cfg.data.seq_len if _TOKENS.value is None else _TOKENS.value
+  if cli.JSON.value:
+    print(json.dumps(accounting.account_row(cfg.model, tokens, _KV_DTYPE.value)))
+    return
+  print(accounting.summary(cfg.model, tokens, _KV_DTYPE.value))
+  print("\nparameters by group")
+  for name, size in accounting.param_groups(cfg.model).items():
+    print(f"  {name.replace('_', ' '):<26}{size:>18,}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

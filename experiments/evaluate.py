@@ -1,0 +1,229 @@
+"""Evaluates the newest good checkpoint of a run: held-out loss, needles, the oracle's figures.
+
+    python -m experiments.evaluate --workdir=runs/tiny [--tasks=heldout,needle,oracle] [--json]
+        [--batches=8] [--seq_len=4096] [--lengths=256,512] [--depths=0,0.5,1] [--samples=4]
+
+    heldout  loss in nats per token and bits per byte, whole and by position in the document
+    needle   recall of a value by its key, over lengths and depths (hysparse_jax/evals/needle.py)
+    oracle   of attention="hysparse": overlap of neighbouring tokens' selections, attention mass the
+             selection covers in every layer, mean gates (hysparse_jax/evals/oracle.py)
+
+Prints a table per task, or with --json one object per line and task; pictures go to
+<workdir>/plots/. Nothing else in the run's folder is touched.
+"""
+
+import json
+import math
+import pathlib
+from typing import NamedTuple
+
+from absl import flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import cli
+from hysparse_jax import data
+from hysparse_jax.config import Config
+from hysparse_jax.errors import UserError
+from hysparse_jax.evals.heldout import heldout
+from hysparse_jax.evals.needle import needle
+from hysparse_jax.evals.oracle import UNION_TOKENS, oracle
+from hysparse_jax.model import Transformer
+from hysparse_jax.run import load_run
+
+_TASKS = flags.DEFINE_list("tasks", None, "Of heldout, needle, oracle; default: all the model has.")
+_BATCHES = flags.DEFINE_integer("batches", 8, "Held-out batches for heldout and oracle.")
+_SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens per row of heldout and oracle; default: "
+                                                 "data.seq_len.")
+_LENGTHS = flags.DEFINE_list("lengths", None, "Needle: tokens; default: a quarter, half and all of "
+                                              "data.seq_len, each at least 64.")
+_DEPTHS = flags.DEFINE_list("depths", ["0", "0.25", "0.5", "0.75", "1"],
+                            "Needle: places, 0 the start, 1 right before the question.")
+_SAMPLES = flags.DEFINE_integer("samples", 4, "Needle: puzzles per length and depth.")
+_DISTRACTORS = flags.DEFINE_integer("distractors", 0, "Needle: further lines with other keys.")
+_NEEDLE_SEED = flags.DEFINE_integer("needle_seed", 0, "Needle: of keys, values and text.",
+                                    lower_bound=0)
+
+ALL_TASKS = ("heldout", "needle", "oracle")
+
+
+class Settings(NamedTuple):
+  """What to evaluate with; None takes what the run's config says."""
+
+  batches: int = 8
+  seq_len: int | None = None
+  lengths: tuple[int, ...] | None = None
+  depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+  samples: int = 4
+  distractors: int = 0
+  needle_seed: int = 0
+
+
+class _Run(NamedTuple):
+  cfg: Config
+  model: Transformer
+  tokenizer: object
+  plots: pathlib.Path
+
+
+def evaluate(workdir, tasks=None, settings: Settings | None = None,
+             console: Console | None = None) -> list[dict]:
+  """Runs the tasks on the run in `workdir`; one JSON-ready row per task.
+
+  Args:
+    workdir: of `experiments.train`.
+    tasks: of `ALL_TASKS`; None: all that the model has.
+    settings: None: the defaults.
+    console: where tables go; None: nowhere.
+
+  Raises:
+    UserError: no such task, no run or checkpoint, a setting that cannot be.
+  """
+  settings = Settings() if settings is None else settings
+  unknown = [task for task in tasks or () if task not in ALL_TASKS]
+  if unknown:
+    raise UserError(f"unknown task {unknown[0]!r}; allowed: {', '.join(ALL_TASKS)}")
+  if not workdir:
+    raise UserError("--workdir is missing; name the folder of a run, such as runs/tiny")
+  cfg, model, tokenizer, step = load_run(workdir)
+  run = _Run(cfg, model, tokenizer, pathlib.Path(workdir) / "plots")
+  if tasks is None:
+    has_oracle = cfg.model.attention == "hysparse" and "sparse" in cfg.model.layer_kinds
+    tasks = ALL_TASKS if has_oracle else ALL_TASKS[:2]
+  rows = []
+  for task in tasks:
+    row, shown, paths = {"heldout": _heldout, "needle": _needle, "oracle": _oracle}[task](
+      run, settings)
+    rows.append({"task": task, "step": step, **row, "plots": [str(path) for path in paths]})
+    if console is not None:
+      for part in (*shown, *(f"wrote {path}" for path in paths), ""):
+        console.print(part, soft_wrap=isinstance(part, str), highlight=False)
+  return rows
+
+
+def _batches(run, settings):
+  seq_len = run.cfg.data.seq_len if settings.seq_len is None else settings.seq_len
+  rows = max(1, run.cfg.data.batch_size * run.cfg.data.seq_len // max(seq_len, 1))
+  return data.heldout_batches(run.cfg.data, settings.batches, rows, seq_len)
+
+
+def _heldout(run, settings):
+  batches = _batches(run, settings)
+  chunk = run.cfg.train.loss_chunk
+  seq_len = batches[0].tokens.shape[1]
+  result = heldout(run.model, batches, run.tokenizer,
+                   chunk if chunk and seq_len % chunk == 0 else 0)
+  table = Table("position", "tokens", "nats/token", box=box.SIMPLE_HEAD)
+  for start, end, loss, tokens in result.by_position:
+    table.add_row(f"{start:,} to {end - 1:,}", f"{tokens:,}", f"{loss:.4f}")
+  note = (f"held-out: {result.bits_per_byte:.4f} bits per byte, {result.loss:.4f} nats per token; "
+          f"rows of {seq_len:,} tokens")
+  by_position = [bucket._asdict() for bucket in result.by_position]
+  return {**result._asdict(), "by_position": by_position, "seq_len": seq_len}, [note, table], []
+
+
+def _needle(run, settings):
+  lengths = settings.lengths
+  if lengths is None:
+    lengths = sorted({max(64, run.cfg.data.seq_len // part) for part in (4, 2, 1)})
+  documents = data.Corpus.open(run.cfg.data).heldout
+  haystack, _ = run.tokenizer.encode_documents(documents)
+  result = needle(run.model, run.tokenizer, haystack, lengths, settings.depths, settings.samples,
+                  settings.needle_seed, settings.distractors)
+  table = Table("depth", *(f"{length:,} tokens" for length in result.lengths), box=box.SIMPLE_HEAD)
+  for depth, exact, tokens in zip(result.depths, result.accuracy, result.token_accuracy):
+    table.add_row(f"{depth:g}", *(f"{a:.2f} ({b:.2f})" for a, b in zip(exact, tokens)))
+  note = (f"needle: values recalled (value tokens right, one by one); {settings.samples} puzzles "
+          f"per cell, {settings.distractors} distractors; mean log-likelihood "
+          f"{result.log_likelihood.mean():.2f} nats per value token")
+  from hysparse_jax import plots  # matplotlib is slow to import
+  paths = [
+    plots.heat_map(values, [f"{length:,}" for length in result.lengths],
+                   [f"{depth:g}" for depth in result.depths], run.plots / f"{name}.png",
+                   title=title, x_name="tokens", y_name="depth of the needle")
+    for name, title, values in (
+      ("needle", "Needle: values recalled", result.accuracy),
+      ("needle_tokens", "Needle: value tokens right, one by one", result.token_accuracy))]
+  row = {name: getattr(result, name).tolist()
+         for name in ("accuracy", "token_accuracy", "log_likelihood")}
+  return {"lengths": list(result.lengths), "depths": list(result.depths), **row,
+          "samples": settings.samples, "distractors": settings.distractors}, [note, table], paths
+
+
+def _oracle(run, settings):
+  batches = _batches(run, settings)
+  result = oracle(run.model, batches)
+  seq_len = batches[0].tokens.shape[1]
+  table = Table("layer", "behind", "mass", "new", *(f"U({width})" for width in UNION_TOKENS),
+                "sparse", "local", box=box.SIMPLE_HEAD)
+  show = lambda value, spelling=".2f": "-" if value is None else f"{value:{spelling}}"
+  for layer in result.layers:
+    overlap = layer.overlap
+    union = {} if overlap is None else overlap.union
+    table.add_row(
+      str(layer.layer), f"+{layer.distance}" if layer.distance else "full",
+      show(layer.coverage, ".3f"), show(overlap and overlap.new_per_token),
+      *(show(union.get(width), ".1f") for width in UNION_TOKENS), show(layer.gate_sparse),
+      show(layer.gate_local))
+  picks = run.cfg.model.num_blocks
+  note = (f"oracle: behind = layers since the full one, mass = attention mass its {picks} blocks "
+          "cover, new = blocks new per token, U(w) = distinct blocks of w consecutive tokens, "
+          f"sparse and local = mean gates; rows of {seq_len:,} tokens, of which "
+          f"{result.choosing_tokens:,} could choose")
+  if result.choosing_tokens == 0:
+    note += f": none sees more than {picks} blocks, give a longer --seq_len"
+  reach = "mass covered by layers since the full one: " + ", ".join(
+    f"{distance}: {share:.3f}" for distance, share in result.coverage_by_distance.items())
+  reach += f"; by blocks at random: {result.chance:.3f}"
+
+  from hysparse_jax import plots  # matplotlib is slow to import
+  paths = [
+    plots.coverage_by_layer([(layer.layer, layer.distance, layer.coverage)
+                             for layer in result.layers if layer.coverage is not None],
+                            run.plots / "oracle_coverage.png", chance=result.chance),
+    plots.block_map(result.picked, run.plots / "oracle_blocks.png",
+                    block_size=run.cfg.model.block_size)]
+  unions = {layer.layer: {1: layer.overlap.picked, **layer.overlap.union}
+            for layer in result.layers if layer.overlap is not None}
+  if unions:
+    paths.append(plots.overlap_by_layer(unions, run.plots / "oracle_overlap.png"))
+  layers = [layer._asdict() | {"overlap": layer.overlap and layer.overlap._asdict()}
+            for layer in result.layers]
+  row = {"layers": layers, "coverage_by_distance": result.coverage_by_distance,
+         "chance": result.chance, "choosing_tokens": result.choosing_tokens,
+         "seq_len": seq_len}
+  return row, [note, table, reach], paths
+
+
+def _numbers(flag, kind):
+  """The values of a list flag; a UserError names the one that is none."""
+  values = []
+  for text in flag.value:
+    try:
+      value = kind(text)
+    except ValueError as error:
+      raise UserError(f"--{flag.name}: {text!r} is not a number") from error
+    if not math.isfinite(value):
+      raise UserError(f"--{flag.name}: {text!r} is not finite")
+    values.append(value)
+  return tuple(values)
+
+
+def main(argv):
+  """Entry point."""
+  del argv
+  settings = Settings(
+    batches=_BATCHES.value, seq_len=_SEQ_LEN.value,
+    lengths=None if _LENGTHS.value is None else _numbers(_LENGTHS, int),
+    depths=_numbers(_DEPTHS, float), samples=_SAMPLES.value, distractors=_DISTRACTORS.value,
+    needle_seed=_NEEDLE_SEED.value)
+  rows = evaluate(cli.WORKDIR.value, _TASKS.value, settings,
+                  None if cli.JSON.value else Console())
+  if cli.JSON.value:
+    for row in rows:
+      print(json.dumps(row))
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,129 @@
+"""One mesh, one table from logical names to mesh axes, one resolver for everything that is sharded.
+
+Parameters carry logical names (`layers.weight`), activations name theirs where they are
+constrained, and optimizer moments mirror the parameters. A mesh axis of size 1 changes nothing, so
+one device and a pod run the same program.
+"""
+
+import math
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hysparse_jax.config import MESH_AXES, Config, MeshConfig
+from hysparse_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp", "expert")
+
+RULES = {
+  "embed": "fsdp",          # D of every weight: gathered before use, its gradient scattered
+  "vocab": "tensor",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "mlp": "tensor",
+  "expert": "expert",
+  "batch": BATCH_AXES,      # outside the experts, the expert axis is one more batch axis
+  "seq": "context",
+}
+
+
+def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
+  """The mesh over `devices` (default: all) with the axes `config.MESH_AXES`.
+
+  Raises:
+    UserError: the axis sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [getattr(cfg, axis) for axis in MESH_AXES]
+  given = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes))
+  known = math.prod(size for size in sizes if size != -1)
+  if -1 in sizes:
+    if len(devices) % known:
+      raise UserError(f"mesh {given}: {known} does not divide the {len(devices)} devices here")
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices):
+    raise UserError(f"mesh {given} needs {math.prod(sizes)} devices, here are {len(devices)}; "
+                    "change mesh, or set one axis to -1 to fill up")
+  return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES,
+              axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_divisible(cfg: Config, mesh: Mesh):
+  """Raises a UserError naming the first model or batch size that the mesh cannot split."""
+  model, size = cfg.model, mesh.shape
+  rows = math.prod(size[axis] for axis in BATCH_AXES)
+  wanted = [
+    ("model.num_heads", model.num_heads, "tensor", size["tensor"]),
+    ("model.num_kv_heads", model.num_kv_heads, "tensor", size["tensor"]),
+    ("model.vocab_size", model.vocab_size, "tensor", size["tensor"]),
+    ("model.d_model", model.d_model, "fsdp", size["fsdp"]),
+    ("data.batch_size / train.grad_accum", cfg.data.batch_size // cfg.train.grad_accum,
+     "data * fsdp * expert", rows),
+  ]
+  if model.moe is None:
+    wanted.append(("model.d_ff", model.d_ff, "tensor", size["tensor"]))
+    if size["expert"] > 1:
+      raise UserError(f"mesh.expert is {size['expert']}, but the model has no experts; "
+                      "use data or fsdp")
+  else:
+    wanted.append(("model.moe.d_ff", model.moe.d_ff, "tensor", size["tensor"]))
+    wanted.append(("model.moe.num_experts", model.moe.num_experts, "expert", size["expert"]))
+  for field, value, axis, parts in wanted:
+    if value % parts:
+      raise UserError(f"{field}={value} cannot be split over mesh {axis}={parts}; "
+                      "choose sizes that divide it")
+
+
+def spec(names) -> PartitionSpec:
+  """`("batch", "seq", None)` -> the PartitionSpec of those logical axes."""
+  return PartitionSpec(*(RULES.get(name) if name is not None else None for name in names))
+
+
+def shardings(tree, mesh: Mesh):
+  """A NamedSharding for every leaf of a tree of modules, optimizer states and arrays.
+
+  Names on an `nnx.Param` describe its trailing dims; stack axes in front are not split, and leaves
+  without names are replicated. Works on real arrays and on the result of `jax.eval_shape`.
+  """
+  def resolve(leaf):
+    if not isinstance(leaf, nnx.Variable):
+      return NamedSharding(mesh, PartitionSpec())
+    names = leaf.get_metadata().get("out_sharding") or ()
+    ndim = len(leaf.get_value().shape)
+    if ndim < len(names):    # a statistic reduced over the parameter, not a mirror of it
+      names = ()
+    stack = (None,) * (ndim - len(names))
+    return leaf.replace(NamedSharding(mesh, PartitionSpec(*stack, *spec(names))))
+
+  return jax.tree.map(resolve, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of arrays [B, T, ...]: rows over the batch axes."""
+  return NamedSharding(mesh, spec(("batch", "seq")))
+
+
+def constrain(x, *names):
+  """Pins an activation to the mesh that `jax.set_mesh` named; outside of one there is nothing to
+  pin to."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def per_device(op, in_names, out_names):
+  """`op` on each device's own shard: how kernels, which XLA cannot split, meet the mesh.
+
+  Args:
+    op: a function of arrays (None is allowed for an absent one).
+    in_names: per argument, its logical axes.
+    out_names: logical axes of the result, or a tuple of them for several results.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return op
+  several = isinstance(out_names[0], tuple)
+  out_specs = tuple(map(spec, out_names)) if several else spec(out_names)
+  return jax.shard_map(op, in_specs=tuple(map(spec, in_names)), out_specs=out_specs,
+                       check_vma=False)

@@ -1,0 +1,49 @@
+"""The public function of the op."""
+
+from pallas_kernels import checks, implementations
+from pallas_kernels.block_sparse_attention import reference
+
+_AVAILABLE = {"reference": reference.block_sparse_attention}
+_BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+
+
+def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
+                           scale=None, implementation=None):
+  """Causal GQA softmax attention of each query over its picked key blocks only.
+
+  All G heads of a group use the same blocks; inside the query's own block the mask is causal
+  (REFERENCE section 1, sparse branch).
+
+  Args:
+    q: [B,T,N,H] float32, bfloat16 or float16.
+    k: [B,T,K,H], N a multiple of K.
+    v: [B,T,K,E]; its head dim E may differ from H.
+    block_indices: i32 [B,K,T,P] as `oracle_attention` returns them: distinct blocks, -1 for none.
+    block_size: keys per block.
+    sinks: f32 [N] or None: a logit per head that joins the softmax denominator only.
+    segment_ids: i32 [B,T] or None. Tokens see only their own segment; 0 is padding, which sees
+      nothing (output 0) and is seen by nobody.
+    scale: of the logits; None is 1/sqrt(H).
+    implementation: "reference", or None to pick by platform.
+
+  Returns:
+    out [B,T,N,E] in q's dtype; 0 where a query sees no key. No gradient reaches block_indices.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit.
+    NotImplementedError: an implementation that does not exist.
+  """
+  op = "block_sparse_attention"
+  sizes = {}
+  checks.check_shape(op, "q", q, "BTNH", sizes)
+  checks.check_shape(op, "k", k, "BTKH", sizes)
+  checks.check_shape(op, "v", v, "BTKE", sizes)
+  checks.check_shape(op, "block_indices", block_indices, "BKTP", sizes, ("int32",))
+  checks.check_heads(op, sizes)
+  checks.check_sinks(op, "sinks", sinks, sizes)
+  checks.check_segments(op, segment_ids, sizes)
+  checks.check_at_least(op, 1, block_size=block_size)
+  checks.check_scale(op, scale)
+  run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM)
+  return run(q, k, v, block_indices, block_size=block_size, sinks=sinks, segment_ids=segment_ids,
+             scale=sizes["H"] ** -0.5 if scale is None else scale)

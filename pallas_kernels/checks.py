@@ -1,0 +1,85 @@
+"""Trace-time checks of the ops' arguments: one line saying what was got, wanted and what to do."""
+
+import jax.numpy as jnp
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def require(ok, message):
+  """Raises ValueError(message) unless `ok`."""
+  if not ok:
+    raise ValueError(message)
+
+
+def check_at_least(op, minimum, **values):
+  """Checks Python integers: `check_at_least("op", 1, window=window)`."""
+  for name, value in values.items():
+    require(isinstance(value, int) and not isinstance(value, bool) and value >= minimum,
+            f"{op}: {name}={value!r}; wanted an integer of at least {minimum}")
+
+
+def check_shape(op, name, array, axes, sizes, dtypes=FLOAT_DTYPES):
+  """Checks rank, sizes and dtype of one array.
+
+  Args:
+    op: the op's name.
+    name: the argument's name.
+    array: the argument.
+    axes: its axis letters, such as "BSKH".
+    sizes: {letter: size} so far; letters met first are added.
+    dtypes: allowed dtype names.
+
+  Raises:
+    ValueError: it does not fit.
+  """
+  require(hasattr(array, "shape") and hasattr(array, "dtype"),
+          f"{op}: {name} is a {type(array).__name__}; wanted an array [{','.join(axes)}]")
+  wanted = ",".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
+  require(len(array.shape) == len(axes)
+          and all(sizes.get(a, n) == n for a, n in zip(axes, array.shape)),
+          f"{op}: {name} has shape {list(array.shape)}; wanted [{wanted}]; "
+          "reshape it, or fix the argument it has to agree with")
+  require(jnp.dtype(array.dtype).name in dtypes,
+          f"{op}: {name} is {jnp.dtype(array.dtype).name}; wanted {' or '.join(dtypes)}; cast it")
+  for a, n in zip(axes, array.shape):
+    require(n > 0 or a == "P",
+            f"{op}: {name} has shape {list(array.shape)}; wanted no empty axis; skip the call")
+    sizes[a] = n
+
+
+def check_heads(op, sizes):
+  """Checks that every KV head serves the same number of query heads."""
+  require(sizes["N"] % sizes["K"] == 0,
+          f"{op}: q has N={sizes['N']} heads and k has K={sizes['K']}; wanted N a multiple of K; "
+          "repeat or drop heads")
+
+
+def check_scale(op, scale):
+  """Checks that `scale` is None or a positive Python number."""
+  require(scale is None or (isinstance(scale, (int, float)) and scale > 0),
+          f"{op}: scale={scale!r}; wanted a positive number, or None for 1/sqrt(H)")
+
+
+def check_sinks(op, name, sinks, sizes):
+  """Checks that `sinks` is None or f32 [N]."""
+  if sinks is not None:
+    check_shape(op, name, sinks, "N", sizes, ("float32",))
+
+
+def check_segments(op, segment_ids, sizes):
+  """Checks that `segment_ids` is None or i32 [B,T]."""
+  if segment_ids is not None:
+    check_shape(op, "segment_ids", segment_ids, "BT", sizes, ("int32",))
+
+
+def check_broadcast(op, name, array, axes, sizes):
+  """Checks that a float array broadcasts to `axes` without growing them."""
+  require(hasattr(array, "shape") and hasattr(array, "dtype"),
+          f"{op}: {name} is a {type(array).__name__}; wanted an array [{','.join(axes)}]")
+  wanted = [sizes[a] for a in axes]
+  require(len(array.shape) == len(axes) and all(n in (1, w) for n, w in zip(array.shape, wanted)),
+          f"{op}: {name} has shape {list(array.shape)}; wanted {wanted}, any axis 1; "
+          "reshape it")
+  require(jnp.dtype(array.dtype).name in FLOAT_DTYPES,
+          f"{op}: {name} is {jnp.dtype(array.dtype).name}; wanted {' or '.join(FLOAT_DTYPES)}; "
+          "cast it")

@@ -1,0 +1,48 @@
+"""The meaning of `oracle_attention`, in float32 `jax.numpy`."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.block_selection import attend_and_select
+from pallas_kernels.masked_attention import causal_chunks, same_segment
+
+NEVER = jnp.iinfo(jnp.int32).max     # position of padding keys: after every query
+
+
+def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale):
+  """Causal attention and each query's best key blocks; see `api.py`.
+
+  With p the softmax weights, group k the G query heads of KV head k:
+
+      out[t,n]  = sum_{j <= t} p[t,n,j] v_j
+      S[k,t,i]  = max_{n in group k} max_{j in block i, j <= t} p[t,n,j]        (HySparse, oracle)
+
+  and `block_indices[k,t]` are the `num_blocks` blocks of largest S. S is compared as
+  log S = max_n (max_j s[t,n,j] - logsumexp_j s[t,n,j]) in float32, which orders blocks whose
+  weight underflows; float32-equal values are ties, and ties go to the lower block.
+  """
+  batch, num_queries, num_heads, _ = q.shape
+  dtype = q.dtype
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))      # here: gradients add up in float32
+  position = jnp.broadcast_to(jnp.arange(num_queries, dtype=jnp.int32), (batch, num_queries))
+  queries = {"q": q * scale, "position": position, "segment": segment_ids}
+  keys = {"k": k, "v": v, "position": position, "segment": segment_ids}
+  if num_blocks:
+    keys = _pad_keys(keys, -num_queries % block_size)
+
+  def attend(queries, keys):
+    visible = keys["position"][:, None, None, :] <= queries["position"][:, None, :, None]
+    visible &= same_segment(queries["segment"], keys["segment"])
+    out, picked = attend_and_select(queries["q"], keys["k"], keys["v"], visible,
+                                    block_size=block_size, num_blocks=num_blocks)
+    return out.astype(dtype), picked
+
+  out, block_indices = causal_chunks(attend, queries, keys, num_heads=num_heads,
+                                     key_multiple=block_size if num_blocks else 1)
+  return out, block_indices.transpose(0, 2, 1, 3)
+
+
+def _pad_keys(keys, padding):
+  fill = {"k": 0, "v": 0, "position": NEVER, "segment": 0}
+  return {name: None if x is None else
+          jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), constant_values=fill[name])
+          for name, x in keys.items()}

@@ -1,0 +1,1 @@
+"""Attention over the last `window` tokens (REFERENCE section 1, local branch)."""

@@ -1,0 +1,266 @@
+"""The model: one forward for training, prefill and decoding; ablations that do what they say."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hysparse_jax import config, model
+from hysparse_jax.cache import init_cache
+from hysparse_jax.data import Batch
+from hysparse_jax.errors import UserError
+from hysparse_jax.hybrid import FullLayer, Rows, SparseLayer
+from hysparse_jax.model import Transformer
+from tests.tolerances import assert_close
+
+# Two groups of layers, (full + 2) and a last full one; 8 blocks of 16 keys at T=128, 2 selected.
+SMALL = config.ModelConfig(
+  num_layers=4, sparse_per_full=2, d_model=48, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=64,
+  vocab_size=64, block_size=16, selected_tokens=32, window=24, qk_norm=True, dtype="float32")
+MOE = config.MoeConfig(num_experts=4, experts_per_token=2, d_ff=32)
+
+
+def variant(**fields):
+  return dataclasses.replace(SMALL, **fields)
+
+
+@functools.lru_cache
+def make(cfg, seed=0):
+  return jax.jit(lambda key: Transformer(cfg, rngs=nnx.Rngs(key)))(jax.random.key(seed))
+
+
+@jax.jit
+def forward(net, tokens, segment_ids=None, positions=None):
+  return net(tokens, segment_ids, positions)
+
+
+@jax.jit
+def prefill(net, tokens, cache, lengths=None):
+  return net.prefill(tokens, cache, lengths)
+
+
+@jax.jit
+def decode(net, tokens, cache):
+  return net.decode(tokens, cache)
+
+
+def random_tokens(shape, seed=1, vocab=64):
+  return jax.random.randint(jax.random.key(seed), shape, 0, vocab)
+
+
+def random_batch(shape=(4, 64), seed=2, cut=21):
+  """Two documents per row, the second from `cut` on, and padding at the end."""
+  tokens = random_tokens((shape[0], shape[1] + 1), seed)
+  end = shape[1] - 5
+  index = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+  segments = jnp.where(index < cut, 1, jnp.where(index < end, 2, 0))
+  weights = ((segments > 0) & (index != cut - 1) & (index != end - 1)).astype(jnp.float32)
+  return Batch(tokens[:, :-1], tokens[:, 1:], segments,
+               model.positions_within(segments, shape), weights)
+
+
+@pytest.mark.parametrize("fields", [
+  dict(), dict(attention="full"), dict(attention="swa"), dict(local_shares_kv=True),
+  dict(moe=MOE)], ids=str)
+def test_decoding_equals_one_pass(fields):
+  net = make(variant(**fields))
+  tokens = random_tokens((2, 70))
+  whole = forward(net, tokens)
+  cache = net.init_cache(2, 80)
+  edges = [0, 15, 30, 45]                       # across block edges at 16, 32 and the window's 24
+  for start, end in zip(edges, edges[1:]):
+    logits, cache = prefill(net, tokens[:, start:end], cache)
+    assert_close(logits, whole[:, end - 1], "decode_f32")
+  for t in range(45, 70):
+    logits, cache = decode(net, tokens[:, t], cache)
+    assert_close(logits, whole[:, t], "decode_f32")
+  assert cache.length.tolist() == [70, 70]
+
+
+def test_rows_of_different_length_prefill_together():
+  net = make(SMALL)
+  tokens = random_tokens((2, 40))
+  together, cache = prefill(net, tokens, net.init_cache(2, 64), jnp.array([40, 29]))
+  together2, _ = decode(net, tokens[:, 0], cache)
+  for row, length in ((0, 40), (1, 29)):
+    alone = tokens[row:row + 1, :length]
+    assert_close(together[row], forward(net, alone)[0, -1], "decode_f32")
+    longer = jnp.concatenate([alone, tokens[row:row + 1, :1]], axis=1)
+    assert_close(together2[row], forward(net, longer)[0, -1], "decode_f32")
+
+
+def test_sparse_layers_cache_nothing_that_grows():
+  for attention, has_ring in (("hysparse", True), ("swa", True), ("full", False)):
+    cfg = variant(attention=attention)
+    short, long = (jax.eval_shape(functools.partial(init_cache, cfg, 1, n)) for n in (100, 200))
+    for a, b, group in zip(short.groups, long.groups, cfg.layer_groups):
+      assert (b.full_k.shape[2], a.full_k.shape[2]) == (200, 100)
+      assert a.full_k.shape[0] == group.count
+      assert (a.ring_k is not None) == (has_ring and group.num_sparse > 0)
+      if a.ring_k is not None:
+        assert a.ring_k.shape == b.ring_k.shape == (group.count, group.num_sparse, 1, 24, 2, 16)
+  assert init_cache(variant(local_shares_kv=True), 1, 8).groups[0].ring_k is None
+
+
+@pytest.mark.parametrize("attention", ["hysparse", "full", "swa"])
+def test_documents_of_a_row_never_see_each_other(attention):
+  net = make(variant(attention=attention))
+  batch = random_batch((1, 64), cut=32)     # at a block's edge: blocks are counted along the row
+  second = batch.segment_ids[0] == 2
+  logits = lambda net, tokens: forward(net, tokens, batch.segment_ids, batch.positions)
+  changed = jnp.where(batch.segment_ids == 1, (batch.tokens + 7) % 64, batch.tokens)
+  before, after = logits(net, batch.tokens)[0], logits(net, changed)[0]
+  assert (before[second] == after[second]).all()
+  assert (before[batch.segment_ids[0] == 1] != after[batch.segment_ids[0] == 1]).any()
+  alone = forward(net, batch.tokens[:, second])
+  assert_close(before[second], alone[0], "decode_f32")
+
+
+def test_positions_count_from_the_start_of_each_document():
+  segments = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
+  assert model.positions_within(segments, (1, 7)).tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+  assert model.positions_within(None, (2, 3)).tolist() == [[0, 1, 2]] * 2
+
+
+CHANGES = dict(
+  attention="full", vocab_size=72, num_layers=6, d_model=64, num_heads=8, num_kv_heads=4,
+  head_dim=32, value_head_dim=8, d_ff=96, moe=MOE, sparse_per_full=1, block_size=32,
+  selected_tokens=48, window=16, local_branch=False, local_shares_kv=True, gate="per_head",
+  sinks=False, qk_norm=False, rope_base=500.0, norm_eps=1e-5, tied_embeddings=True,
+  dtype="bfloat16", remat="layer")
+
+
+def lowered(cfg):
+  """The program of the loss, and of its gradient where only that can differ."""
+  abstract = jax.eval_shape(lambda key: Transformer(cfg, rngs=nnx.Rngs(key)), jax.random.key(0))
+  batch = jax.eval_shape(lambda: random_batch((2, 128)))
+  objective = lambda net, batch: model.loss(net, batch)[0]
+  objective = objective if cfg.remat == "none" else jax.grad(objective)
+  return jax.jit(objective).lower(abstract, batch).as_text()
+
+
+def test_every_model_field_changes_the_program():
+  names = {field.name for field in dataclasses.fields(config.ModelConfig)}
+  assert names == set(CHANGES) | {"implementation"}        # the last one names a kernel, see below
+  reference = lowered(SMALL)
+  assert lowered(dataclasses.replace(SMALL)) == reference  # the comparison itself is stable
+  for name, value in CHANGES.items() - {("remat", "layer")}:
+    assert lowered(variant(**{name: value})) != reference, f"{name}={value!r} changed nothing"
+  assert lowered(variant(gate="none")) != lowered(variant(gate="per_head"))
+  assert lowered(variant(remat="layer")) != lowered(variant(remat="block"))
+
+
+def test_every_moe_field_changes_the_program():
+  base = lowered(variant(moe=MOE))
+  changes = dict(num_experts=8, experts_per_token=1, d_ff=16, load_balance_weight=0.5,
+                 router_z_weight=0.5, bias_update_rate=0.1, normalize_weights=False)
+  assert set(changes) == {field.name for field in dataclasses.fields(config.MoeConfig)}
+  for name, value in changes.items():
+    assert lowered(variant(moe=dataclasses.replace(MOE, **{name: value}))) != base, name
+
+
+def test_an_implementation_that_is_not_there_is_an_error():
+  with pytest.raises(NotImplementedError, match="abacus"):
+    lowered(variant(implementation="abacus"))
+
+
+def test_all_blocks_selected_is_full_attention_over_the_shared_kv():
+  cfg = variant(local_branch=False, selected_tokens=128, gate="none", sinks=False)
+  full, layer = FullLayer(cfg, rngs=nnx.Rngs(0)), SparseLayer(cfg, rngs=nnx.Rngs(1))
+  x = jax.random.normal(jax.random.key(2), (2, 100, 48))
+  rows = Rows(model.positions_within(None, (2, 100)))
+
+  @jax.jit
+  def both(x):
+    after, shared, picked, _, _ = full(x, rows, cfg.num_blocks, None, 0)
+    return after, shared, layer(after, shared, picked, rows, None, 0, 0)[0]
+
+  after, shared, actual = both(x)
+
+  _, q, _, _ = layer.project(after, rows)
+  q = q.reshape(2, 100, 2, 2, 16)
+  scores = jnp.einsum("btkgh,bskh->bkgts", q, shared.k) / 4.0
+  scores = jnp.where(jnp.tril(jnp.ones((100, 100), bool)), scores, -jnp.inf)
+  o = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores), shared.v).reshape(2, 100, 4, 16)
+  expected, _ = layer.finish(after, o)
+  assert_close(actual, expected, "attention_routes_f32")
+
+
+def test_sharing_the_kv_takes_projections_away():
+  assert not hasattr(make(variant(local_shares_kv=True)).stack.groups[0].sparse, "wk")
+  assert hasattr(make(SMALL).stack.groups[0].sparse, "wk")
+
+
+def test_remat_changes_memory_not_values():
+  batch = random_batch()
+  results = []
+  for remat in ("none", "layer", "block"):
+    net = make(variant(remat=remat))
+    value, grads = jax.jit(jax.value_and_grad(lambda net: model.loss(net, batch)[0]))(net)
+    results.append((value, jax.tree.leaves(grads)))
+  for value, grads in results[1:]:
+    assert_close(value, results[0][0], "same_sum_f32")
+    for a, b in zip(grads, results[0][1]):
+      assert_close(a, b, "gradient_f32")
+
+
+def test_loss_in_chunks_and_z_loss():
+  net, batch = make(variant(tied_embeddings=True)), random_batch()
+  whole, stats = jax.jit(lambda net: model.loss(net, batch, z_loss=0.01))(net)
+  chunked, _ = jax.jit(lambda net: model.loss(net, batch, z_loss=0.01, chunk=16))(net)
+  assert_close(chunked, whole, "same_sum_f32")
+  logits = np.asarray(forward(net, batch.tokens, batch.segment_ids, batch.positions), np.float64)
+  lse = np.log(np.exp(logits).sum(-1))
+  nll = lse - np.take_along_axis(logits, np.asarray(batch.targets)[..., None], -1)[..., 0]
+  expected = ((nll + 0.01 * lse**2) * batch.weights).sum() / batch.weights.sum()
+  assert_close(whole, expected, "heldout_f32")
+  assert float(stats.weight) == float(batch.weights.sum())
+
+
+def test_padding_reaches_nothing():
+  net, batch = make(SMALL), random_batch()
+  padding = (batch.segment_ids == 0)[..., None]
+
+  @jax.jit
+  def states(net, x):
+    return net.stack(x, Rows(batch.positions, batch.segment_ids))[0]
+
+  x = net.embed(batch.tokens)
+  poisoned = states(net, jnp.where(padding, 1e4 * jax.random.normal(jax.random.key(5), x.shape), x))
+  assert (jnp.where(padding, 0, poisoned) == jnp.where(padding, 0, states(net, x))).all()
+  assert (jnp.where(padding, poisoned, 0) != jnp.where(padding, states(net, x), 0)).any()
+
+
+def test_bad_tokens_and_full_caches_are_errors():
+  net = make(SMALL)
+  cache = net.init_cache(1, 8)
+  with pytest.raises(UserError, match="token 64 is outside the vocabulary of 64"):
+    net.prefill(jnp.array([[1, 64]]), cache)
+  with pytest.raises(UserError, match="token -1"):
+    net.prefill(jnp.array([[-1]]), cache)
+  with pytest.raises(UserError, match="room for 8 tokens, 0 are in it and 9 more"):
+    net.prefill(random_tokens((1, 9)), cache)
+  with pytest.raises(UserError, match="between 1 and the 2"):
+    net.prefill(random_tokens((1, 2)), cache, jnp.array([0]))
+  with pytest.raises(UserError, match="holds 1 sequences, got 2"):
+    net.prefill(random_tokens((2, 2)), cache)
+  # Where values are not known, the row is NaN instead.
+  logits, _ = prefill(net, random_tokens((1, 9)), cache)
+  assert np.isnan(logits).all()
+  logits = forward(net, jnp.array([[3, 64, 5], [1, 2, 3]]))
+  assert np.isnan(logits[0, 1:]).all() and np.isfinite(logits[1]).all()
+
+
+def test_gates_and_loads_are_reported_by_layer():
+  net = make(variant(moe=MOE))
+  _, stats = jax.jit(model.loss)(net, random_batch())
+  layers = model.by_layer(net.cfg, stats.layers)
+  assert [layer.gate_sparse is None for layer in layers] == [True, False, False, True]
+  for layer in layers:
+    assert layer.router.expert_load.shape == (4,)
+    assert_close(layer.router.expert_load.sum(), 1.0, "same_sum_f32")
+  assert 0 < float(layers[1].gate_local) < 1

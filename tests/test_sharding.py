@@ -1,0 +1,176 @@
+"""One device and eight compute the same; what cannot be split is said in one line."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from hysparse_jax import config, data, model, sharding, train_step
+from hysparse_jax.checkpoint import Checkpoints
+from hysparse_jax.errors import UserError
+from tests.test_configs import REPO
+from tests.tolerances import assert_close
+
+MESHES = {
+  "data": dict(data=8, fsdp=1), "fsdp": dict(fsdp=8), "tensor": dict(fsdp=1, tensor=2),
+  "mixed": dict(data=2, fsdp=2, tensor=2)}
+MOE_MESHES = {
+  "data": dict(data=4, fsdp=1), "fsdp": dict(fsdp=4), "tensor": dict(fsdp=1, tensor=2),
+  "expert": dict(fsdp=1, expert=8), "mixed": dict(fsdp=2, tensor=2, expert=2)}
+
+
+@functools.lru_cache
+def load(name, attention):
+  """The config at a length the tests can afford; everything else as it is."""
+  return config.override(config.load(str(REPO / "configs" / f"{name}.py")),
+                         f"model.attention={attention}", "data.seq_len=64", "data.batch_size=8")
+
+
+@functools.lru_cache
+def batch_of(cfg):
+  return jax.tree.map(np.asarray, data.TrainStream(cfg.data).batch(3))
+
+
+def gradients(cfg, mesh):
+  """Loss and gradients by leaf name, of weights that do not depend on the mesh."""
+  program = train_step.build(cfg, mesh)
+
+  def objective(net, batch):
+    return model.loss(net, batch, z_loss=1e-3)[0]
+
+  with jax.set_mesh(mesh):
+    net = program.init(jax.random.key(0)).model
+    batch = jax.device_put(batch_of(cfg), program.batch_sharding)
+    value, grads = jax.jit(jax.value_and_grad(objective))(net, batch)
+  leaves = jax.tree_util.tree_leaves_with_path(grads)
+  return value, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@functools.lru_cache
+def on_one_device(cfg):
+  return gradients(cfg, sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1]))
+
+
+def mesh_of(sizes):
+  cfg = config.MeshConfig(**sizes)
+  return sharding.make_mesh(cfg, jax.devices()[:np.prod(list(sizes.values()))])
+
+
+def check(cfg, sizes):
+  value, grads = gradients(cfg, mesh_of(sizes))
+  expected_value, expected = on_one_device(cfg)
+  assert_close(value, expected_value, "sharded_f32")
+  assert grads.keys() == expected.keys()
+  for name, leaf in grads.items():
+    assert np.abs(expected[name]).max() > 0, f"{name} has no gradient"
+    assert_close(leaf, expected[name], "sharded_f32")
+
+
+@pytest.mark.parametrize("attention", ["hysparse", "full", "swa"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_tiny_on_a_mesh_equals_one_device(mesh, attention):
+  check(load("tiny", attention), MESHES[mesh])
+
+
+@pytest.mark.parametrize("attention", ["hysparse", "full", "swa"])
+@pytest.mark.parametrize("mesh", MOE_MESHES)
+def test_tiny_moe_on_a_mesh_equals_one_device(mesh, attention):
+  check(load("tiny_moe", attention), MOE_MESHES[mesh])
+
+
+def test_a_checkpoint_moves_between_meshes_byte_for_byte(tmp_path):
+  cfg = load("tiny_moe", "hysparse")
+  first = train_step.build(cfg, mesh_of(MOE_MESHES["mixed"]))
+  with jax.set_mesh(mesh_of(MOE_MESHES["mixed"])):
+    state = first.init(jax.random.key(0))
+    batch = jax.device_put(batch_of(cfg), first.batch_sharding)
+    state, _ = first.step(state, batch)
+    saved = jax.device_get(state)
+    with Checkpoints(tmp_path) as checkpoints:
+      checkpoints.save(1, state, {}, block=True)
+  for sizes in (MOE_MESHES["expert"], dict(data=1, fsdp=1)):
+    second = train_step.build(cfg, mesh_of(sizes))
+    with jax.set_mesh(mesh_of(sizes)), Checkpoints(tmp_path) as checkpoints:
+      restored, _, step = checkpoints.restore(second.abstract_state)
+    assert step == 1
+    for a, b, place in zip(jax.tree.leaves(saved), jax.tree.leaves(restored),
+                           jax.tree.leaves(second.abstract_state)):
+      assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+      assert b.sharding.is_equivalent_to(place.sharding, b.ndim)
+
+
+def test_moments_are_sharded_as_their_parameters_are():
+  cfg, mesh = load("tiny_moe", "hysparse"), mesh_of(MOE_MESHES["mixed"])
+  for optimizer in ("adamw", "muon"):
+    state = train_step.build(config.override(cfg, f"optim.optimizer={optimizer}"),
+                             mesh).abstract_state
+    weights = {leaf.sharding.spec for leaf in jax.tree.leaves(state.model)}
+    assert jax.sharding.PartitionSpec(None, None, "expert", "fsdp", "tensor") in weights
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 2]
+    assert moments and all(leaf.sharding.spec in weights for leaf in moments)
+    assert all(set(leaf.sharding.spec) != {None} for leaf in moments)
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+  cfg = load("tiny", "hysparse")
+  mesh = mesh_of(MESHES["mixed"])
+  results = []
+  for parts in (1, 2):
+    program = train_step.build(config.override(cfg, f"train.grad_accum={parts}",
+                                               "optim.clip_norm=0", "data.batch_size=16"), mesh)
+    batch = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch_of(cfg))
+    batch = batch._replace(weights=batch.weights * (np.arange(64) < 40 + np.arange(16)[:, None]))
+    with jax.set_mesh(mesh):
+      _, metrics = program.step(program.init(jax.random.key(0)),
+                                jax.device_put(batch, program.batch_sharding))
+    results.append(jax.device_get(metrics))
+  for name in ("loss", "total", "grad_norm", "tokens"):
+    assert_close(getattr(results[0], name), getattr(results[1], name), "sharded_f32")
+
+
+@pytest.mark.parametrize("name, overrides, message", [
+  ("tiny", ["mesh.fsdp=3"], "mesh data=1, fsdp=3, .* needs 3 devices, here are 8"),
+  ("tiny", ["mesh.data=3"], "3 does not divide the 8 devices"),
+  ("tiny", ["mesh.tensor=8"], "model.num_heads=4 cannot be split over mesh tensor=8"),
+  ("tiny", ["mesh.tensor=4"], "model.num_kv_heads=2 cannot be split over mesh tensor=4"),
+  ("tiny", ["mesh.expert=8"], "mesh.expert is 8, but the model has no experts"),
+  ("tiny", ["data.batch_size=6"], "data.batch_size / train.grad_accum=6 cannot be split"),
+  ("tiny_moe", ["mesh.expert=8", "model.moe.num_experts=12"],
+   "model.moe.num_experts=12 cannot be split over mesh expert=8")])
+def test_an_impossible_mesh_is_one_line(name, overrides, message):
+  cfg = config.override(config.load(str(REPO / "configs" / f"{name}.py")), *overrides)
+  with pytest.raises(UserError, match=message) as error:
+    train_step.build(cfg, sharding.make_mesh(cfg.mesh))
+  assert "\n" not in str(error.value)
+
+
+def test_context_parallelism_is_refused_plainly():
+  with pytest.raises(UserError, match="mesh.context is 2; attention is not yet split"):
+    config.override(config.Config(), "mesh.context=2")
+
+
+def test_a_bad_step_changes_nothing_and_is_counted():
+  cfg = load("tiny_moe", "hysparse")
+  mesh = mesh_of(MOE_MESHES["mixed"])
+  program = train_step.build(config.override(cfg, "model.moe.bias_update_rate=0.01"), mesh)
+  with jax.set_mesh(mesh):
+    state = program.init(jax.random.key(0))
+    good = jax.device_put(batch_of(cfg), program.batch_sharding)
+    poisoned = batch_of(cfg)
+    poisoned = poisoned._replace(weights=np.where(poisoned.weights > 0, np.nan, 0).astype("f4"))
+    bad = jax.device_put(poisoned, program.batch_sharding)
+    state, metrics = program.step(state, good)
+    assert bool(metrics.ok)
+    assert np.abs(state.model.stack.groups[0].sparse.mlp.router_bias[...]).max() > 0
+    before = jax.device_get(state)
+    state, metrics = program.step(state, bad)
+    after = jax.device_get(state)
+    assert not metrics.ok and int(metrics.consecutive_bad) == 1
+    for part in ("model", "opt_state"):
+      for a, b in zip(jax.tree.leaves(getattr(before, part)),
+                      jax.tree.leaves(getattr(after, part))):
+        assert a.tobytes() == b.tobytes()
+    state, metrics = program.step(state, good)
+    assert bool(metrics.ok) and int(metrics.total_bad) == 1 and int(metrics.consecutive_bad) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.model)))
