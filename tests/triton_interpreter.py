@@ -1,10 +1,9 @@
 """Runs the project's Triton kernels on CPU with Triton's own interpreter, without torch.
 
-`install()` must come before the first import of a module with Triton kernels. The interpreter
-takes tensors by duck typing; `_HostArray` is the little of that which it uses, over numpy.
+`install` must come before the first import of a module with Triton kernels. The interpreter takes
+tensors by duck typing; `_HostArray` is the little of that which it uses, over numpy. Use float16:
+its matrix products do not know bfloat16.
 """
-
-import os
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +76,10 @@ def triton_call(*args, kernel, out_shape, grid, name="", num_warps=4, num_stages
   return jax.tree.unflatten(tree, jax.pure_callback(run, shapes, *arrays))
 
 
-def install():
-  """Turns the interpreter on and puts it in jax-triton's place; returns the kernels' module."""
-  os.environ["TRITON_INTERPRET"] = "1"
+def install(patch):
+  """Turns the interpreter on and puts it in jax-triton's place; `patch`: a pytest.MonkeyPatch."""
+  patch.setenv("TRITON_INTERPRET", "1")
   from pallas_kernels.block_sparse_attention import triton as kernels
 
-  kernels._call = lambda kernel, *args, **kwargs: triton_call(*args, kernel=kernel, **kwargs)
-  return kernels
+  patch.setattr(kernels, "_call",
+                lambda kernel, *args, **kwargs: triton_call(*args, kernel=kernel, **kwargs))

@@ -45,38 +45,38 @@ def make_plan(block_indices, group, hot_threshold=None):
                           list_multiple=mosaic_gpu.UnionConfig().blocks_per_step))
 
 
-def _forward(q, k, v, sinks, segment_ids, plan, scale):
-  from pallas_kernels.block_sparse_attention import triton
-
+def _forward(q, k, v, sinks, segment_ids, plan, scale, window):
   config = plan.config
   union = None
   if config.has_hot:
     union = mosaic_gpu.union_forward(
       q, k, v, plan, scale=scale, sinks=None if config.has_rare else sinks,
-      segment_ids=segment_ids)
+      segment_ids=segment_ids, window=window)
     if not config.has_rare:
       return union
+  from pallas_kernels.block_sparse_attention import triton
+
   return triton.forward(q, k, v, plan, scale=scale, union=union, sinks=sinks,
                         segment_ids=segment_ids)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attention(q, k, v, sinks, segment_ids, plan, scale):
-  return _forward(q, k, v, sinks, segment_ids, plan, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(q, k, v, sinks, segment_ids, plan, scale, window):
+  return _forward(q, k, v, sinks, segment_ids, plan, scale, window)[0]
 
 
-def _attention_fwd(q, k, v, sinks, segment_ids, plan, scale):
-  out, lse = _forward(q, k, v, sinks, segment_ids, plan, scale)
+def _attention_fwd(q, k, v, sinks, segment_ids, plan, scale, window):
+  out, lse = _forward(q, k, v, sinks, segment_ids, plan, scale, window)
   return out, (q, k, v, sinks, segment_ids, plan, out, lse)
 
 
-def _attention_bwd(scale, saved, dout):
+def _attention_bwd(scale, window, saved, dout):
   from pallas_kernels.block_sparse_attention import triton
 
   q, k, v, sinks, segment_ids, plan, out, lse = saved
   delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
   dq, dk, dv = triton.backward(
-    q, k, v, dout, lse, delta, plan, scale=scale, segment_ids=segment_ids)
+    q, k, v, dout, lse, delta, plan, scale=scale, segment_ids=segment_ids, window=window)
   dsinks = None
   if sinks is not None:
     dsinks = -(jnp.exp2(sinks * _LOG2E - lse) * delta).sum((0, 1))
@@ -86,33 +86,26 @@ def _attention_bwd(scale, saved, dout):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
-                           scale=None, plan=None):
-  """The op of `api.py` on an NVIDIA GPU of compute capability 9.0.
+def attend(op, q, k, v, make_plan, *, sinks, segment_ids, scale, window=None):
+  """Pads T to blocks and G to 4, 8 or 16, and runs the kernels.
 
-  `plan`: `make_plan(block_indices, N // K)`, so that the layers that share picks share its cost.
+  make_plan(tokens, group): the plan at the padded sizes.
 
   Raises:
-    NotImplementedError: block_size other than 64, H other than 64 or 128, a v head dim other than
-      H, dtypes other than bfloat16 and float16, G over 16, more than 16 picks.
+    NotImplementedError: sizes or dtypes the kernels do not take, named after `op`.
   """
   b, t, n, h = q.shape
   kv_heads = k.shape[2]
-  wanted = (("block_size", block_size, (64,)), ("H", h, (64, 128)), ("v head dim", v.shape[-1], (h,)),
-            ("dtype", jnp.dtype(q.dtype).name, ("bfloat16", "float16")),
-            ("k and v dtype", {k.dtype, v.dtype} == {q.dtype}, (True,)))
+  wanted = (("H", h, (64, 128)), ("v head dim", v.shape[-1], (h,)),
+            ("q dtype", jnp.dtype(q.dtype).name, ("bfloat16", "float16")),
+            ("k dtype", k.dtype, (q.dtype,)), ("v dtype", v.dtype, (q.dtype,)))
   for name, value, allowed in wanted:
     if value not in allowed:
-      raise NotImplementedError(f"block_sparse_attention on GPU: got {name} {value}, want "
-                                f"{' or '.join(map(str, allowed))}")
-  if block_indices.shape[-1] > 16:
-    raise NotImplementedError(
-      f"block_sparse_attention on GPU: got {block_indices.shape[-1]} picks, want at most 16")
-  scale = h ** -0.5 if scale is None else float(scale)
+      raise NotImplementedError(
+        f"{op} on GPU: got {name} {value}, want {' or '.join(map(str, allowed))}")
   group = n // kv_heads
-  if plan is None:
-    plan = make_plan(block_indices, group)
-  tail, heads = -t % 64, padded_group(group) - group
+  padded = padded_group(group)
+  tail, heads = -t % 64, padded - group
   if tail:
     q, k, v = (jnp.pad(x, ((0, 0), (0, tail), (0, 0), (0, 0))) for x in (q, k, v))
     if segment_ids is not None:
@@ -122,7 +115,29 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
                 ((0, 0), (0, 0), (0, 0), (0, heads), (0, 0))).reshape(b, t + tail, -1, h)
     if sinks is not None:
       sinks = jnp.pad(sinks.reshape(kv_heads, group), ((0, 0), (0, heads))).reshape(-1)
-  out = _attention(q, k, v, sinks, segment_ids, plan, scale)
+  out = _attention(q, k, v, sinks, segment_ids, make_plan(t + tail, padded), float(scale), window)
   if heads:
     out = out.reshape(b, t + tail, kv_heads, -1, h)[:, :, :, :group].reshape(b, t + tail, n, h)
   return out[:, :t]
+
+
+def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
+                           scale=None, plan=None):
+  """The op of `api.py` on an NVIDIA GPU of compute capability 9.0.
+
+  `plan`: `make_plan(block_indices, N // K)`, so that the layers that share picks share its cost.
+
+  Raises:
+    NotImplementedError: block_size other than 64, more than 16 picks, H other than 64 or 128, a
+      v head dim other than H, dtypes other than bfloat16 and float16, G over 16.
+  """
+  op = "block_sparse_attention"
+  if block_size != 64:
+    raise NotImplementedError(f"{op} on GPU: got block_size {block_size}, want 64")
+  if block_indices.shape[-1] > 16:
+    raise NotImplementedError(
+      f"{op} on GPU: got {block_indices.shape[-1]} picks, want at most 16")
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  return attend(op, q, k, v,
+                lambda _, group: make_plan(block_indices, group) if plan is None else plan,
+                sinks=sinks, segment_ids=segment_ids, scale=scale)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _NONE = jnp.uint32(0xFFFFFFFF)
+PACKED_BITS = 32        # of a sort key that holds (row, block, class, token, slot)
 _WINDOW = 1024          # tiles sorted by length together
 
 
@@ -151,7 +152,7 @@ def _inverse_index(block_indices, slots, second, num_blocks):
   slots = slots.reshape(rows, picks).astype(jnp.uint32)
   token = jnp.arange(picks, dtype=jnp.uint32) // p
   row = jnp.arange(rows, dtype=jnp.uint32)[:, None]
-  if rows * classes * picks <= 1 << 32:           # everything in one 32-bit key, one flat sort
+  if rows * classes * picks <= 1 << PACKED_BITS:           # everything in one 32-bit key, one flat sort
     keys = (row * classes + kind) * jnp.uint32(picks) + (token * p + slots)
     return jnp.sort(jnp.where(valid, keys, _NONE).reshape(-1)) % jnp.uint32(picks)
   if classes * t >= 1 << 32:
@@ -242,3 +243,37 @@ def build_plan(block_indices, num_blocks, config=None):
     blocks, tile_words.astype(jnp.int32), counts, order, rare, valid, entries.astype(jnp.int32),
     key_major_work(starts, rare_ends, config.forward_entries, most if config.has_rare else 0),
     key_major_work(starts, ends, config.backward_entries, most), config, p)
+
+
+def window_plan(batch, kv_heads, tokens, window, config):
+  """The plan of a sliding window: each token picks the blocks that hold its last `window` keys.
+
+  The same for every row and known in closed form; the kernels mask inside the blocks.
+  """
+  tile, per_step = config.tile_tokens, config.list_multiple
+  blocks = tokens // 64
+  picks = min((window + 62) // 64 + 1, blocks)
+  steps = -(-picks // per_step)
+  shape = (batch, kv_heads)
+  tiles = jnp.arange(tokens // tile, dtype=jnp.int32)
+  back = jnp.arange(steps * per_step, dtype=jnp.int32)
+  listed = (tiles * tile // 64)[:, None] - back
+  everyone = -1 if tile == 32 else (1 << tile) - 1
+  words = jnp.where((listed >= 0) & (back < picks), jnp.int32(everyone), 0)
+  own = jnp.arange(tokens, dtype=jnp.int32) // 64
+  # Block c is picked by the tokens of blocks c, c + 1, ...: as its number of blocks back.
+  reach = jnp.arange(picks * 64, dtype=jnp.int32)
+  block = jnp.arange(blocks, dtype=jnp.int32)[:, None]
+  entries = (block * 64 + reach) * picks + reach // 64
+  rows = batch * kv_heads * blocks
+  column = jnp.tile(jnp.arange(blocks, dtype=jnp.int32), batch * kv_heads)
+  starts = column * (picks * 64)
+  ends = starts + jnp.minimum(picks * 64, tokens - column * 64)
+  work = KeyMajorWork(jnp.arange(rows, dtype=jnp.int32), starts, ends,
+                      jnp.arange(rows + 1, dtype=jnp.int32))
+  spread = lambda x: jnp.broadcast_to(x, (*shape, *x.shape))
+  return IndexPlan(
+    spread(jnp.maximum(listed, 0)), spread(words),
+    spread(jnp.full(tiles.shape, steps, jnp.int32)), spread(tiles),
+    spread(jnp.zeros_like(own)), spread(jnp.minimum(own + 1, picks)), entries.reshape(-1),
+    work, work, dataclasses.replace(config, hot_threshold=1), picks)

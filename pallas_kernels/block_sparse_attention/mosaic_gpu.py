@@ -13,7 +13,6 @@ the tile's own block, compares key and query positions.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -57,8 +56,8 @@ def tile_tokens(group):
 
 
 def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_ref, sink_ref,
-                  segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *, shape, config, programs, scale,
-                  interpret):
+                  segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *, shape, config,
+                  programs, scale, window, interpret):
   """The body: see the module. `shape` is (K, G, H); rows of a warpgroup are head-major.
 
   A program runs tiles program, program + programs, ...: its producer fetches the next tile's
@@ -143,9 +142,11 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
         for i in range(per_step):
           part = scores[:, i * BLOCK:(i + 1) * BLOCK]
           key0 = listed[i] * BLOCK
-          if first or segment_ref is not None:
+          if first or window is not None or segment_ref is not None:
             key = iota(_FULL, (ROWS, BLOCK), 1) + key0
             visible = spread(token + token0) >= key
+            if window is not None:
+              visible &= spread(token + token0) < key + window
             if segment_ref is not None:
               key_segment = compat.load(
                 segment_ref.at[batch, pl.ds(key0, BLOCK)], _COLUMN, interpret)
@@ -273,9 +274,9 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
         plgpu.barrier_wait(q_free.at[lax.rem(rounds, jnp.int32(2)) * 2 + half_index])
 
 
-def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=None,
+def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, window=None, config=None,
                   interpret=None):
-  """Attention over the hot picks of `plan`.
+  """Attention over the hot picks of `plan`, and of those keys over the last `window` only.
 
   q [B,T,N,H], k, v [B,T,K,H] bf16 or f16, H 64 or 128, N / K in {4, 8, 16}; sinks f32 [N] join
   the denominator -> out [B,T,N,H] (0 where a row sees no hot key), lse f32 [B,T,N] in base 2
@@ -318,7 +319,8 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
     inputs, rest = refs[:8], refs[8 + len(segments):]
     segment_refs = refs[8:8 + len(segments)] or (None, None)
     _union_kernel(*inputs, *segment_refs, *rest[:2], rest[2:], shape=(kv_heads, group, h),
-                  config=config, programs=programs, scale=scale, interpret=interpret)
+                  config=config, programs=programs, scale=scale, window=window,
+                  interpret=interpret)
 
   out, lse = compat.mosaic_gpu_kernel(
     body,

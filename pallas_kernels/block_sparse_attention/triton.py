@@ -42,9 +42,12 @@ class KeyMajorConfig:
 
 
 @triton.jit
-def _visible(token, key, batch, segment_ptr, T: tl.constexpr, SEGMENTS: tl.constexpr):
-  """bool [rows, 64]: causal, and of the same segment."""
+def _visible(token, key, batch, segment_ptr, T: tl.constexpr, SEGMENTS: tl.constexpr,
+             WINDOW: tl.constexpr):
+  """bool [rows, 64]: causal, of the last WINDOW tokens (0: of all), and of the same segment."""
   see = key[None, :] <= token[:, None]
+  if WINDOW > 0:
+    see = see & (token[:, None] < key[None, :] + WINDOW)
   if SEGMENTS:
     mine = tl.load(segment_ptr + batch * T + token)
     theirs = tl.load(segment_ptr + batch * T + key)
@@ -54,8 +57,8 @@ def _visible(token, key, batch, segment_ptr, T: tl.constexpr, SEGMENTS: tl.const
 
 @triton.jit
 def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr, first_ptr,
-                   segment_ptr, first_row, part_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-                   H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+                   segment_ptr, first_row, part_ptr, lse_ptr, T: tl.constexpr,
+                   K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
                    TOKENS: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
   """Partial outputs and log-sum-exps of one program's picks of one block.
 
@@ -85,7 +88,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr
     query = (batch * T + token) * (K * G) + kv * G + head
     queries = tl.load(q_ptr + query[:, None] * H + d[None, :])
     scores = tl.dot(queries, tl.trans(keys)) * (SCALE * _LOG2E)
-    scores = tl.where(_visible(token, key, batch, segment_ptr, T, SEGMENTS), scores, _MASKED)
+    scores = tl.where(_visible(token, key, batch, segment_ptr, T, SEGMENTS, 0), scores, _MASKED)
     high = tl.maximum(tl.max(scores, 1), _LOW)
     weights = tl.exp2(scores - high[:, None])
     total = tl.sum(weights, 1)
@@ -99,8 +102,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr
 
 @triton.jit
 def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, union_ptr, union_lse_ptr, sink_ptr,
-                   _old_out_ptr, _old_lse_ptr, first_row, out_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-                   H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, UNION: tl.constexpr,
+                   _old_out_ptr, _old_lse_ptr, first_row, out_ptr, lse_ptr, T: tl.constexpr,
+                   K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, UNION: tl.constexpr,
                    SINKS: tl.constexpr):
   """One softmax out of a token's rare partials, its union part and its sink."""
   row = first_row + tl.program_id(1).to(tl.int64)
@@ -151,7 +154,7 @@ def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr
                     start_ptr, end_ptr, first_ptr, segment_ptr, first_row, dq_ptr, dk_ptr, dv_ptr,
                     T: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
                     P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-                    SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
+                    SCALE: tl.constexpr, SEGMENTS: tl.constexpr, WINDOW: tl.constexpr):
   """dK and dV of one program's picks of one block, and each pick's part of dQ."""
   program = tl.program_id(0) + tl.load(first_ptr + first_row * C)
   if program >= tl.load(first_ptr + (first_row + ROWS) * C):
@@ -183,7 +186,7 @@ def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr
     lse = tl.load(lse_ptr + query)
     delta = tl.load(delta_ptr + query)
     scores = tl.dot(queries, tl.trans(keys)) * (SCALE * _LOG2E)
-    see = _visible(token, key, batch, segment_ptr, T, SEGMENTS) & live[:, None]
+    see = _visible(token, key, batch, segment_ptr, T, SEGMENTS, WINDOW) & live[:, None]
     weights = tl.where(see, tl.exp2(scores - lse[:, None]), 0.0)
     dvalues += tl.dot(tl.trans(weights.to(values.dtype)), douts)
     dscores = weights * (tl.dot(douts, tl.trans(values)) - delta[:, None])
@@ -310,7 +313,8 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, c
   return done
 
 
-def backward(q, k, v, dout, lse, delta, plan, *, scale, segment_ids=None, config=None):
+def backward(q, k, v, dout, lse, delta, plan, *, scale, segment_ids=None, window=None,
+             config=None):
   """Gradients of q, k and v; lse (base 2) and delta = sum_h out * dout are f32 [B,T,N]."""
   config = config or KeyMajorConfig()
   sizes = _sizes(q, k, plan)
@@ -331,7 +335,7 @@ def backward(q, k, v, dout, lse, delta, plan, *, scale, segment_ids=None, config
       out_shape=(jax.ShapeDtypeStruct((each, entries, group, h), q.dtype), parts, parts),
       grid=(programs,), num_warps=config.backward_warps, num_stages=config.backward_stages,
       C=blocks, ROWS=each, SCALE=float(scale), TOKENS=max(config.backward_rows // group, 1),
-      SEGMENTS=segment_ids is not None, **sizes)
+      SEGMENTS=segment_ids is not None, WINDOW=window or 0, **sizes)
     dq = (_call(
       sum_queries_kernel, dq_part, plan.valid, *(dq or (jnp.zeros((1,), q.dtype),)), first_row,
       out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
