@@ -58,8 +58,9 @@ def _visible(token, key, batch, segment_ptr, T: tl.constexpr, SEGMENTS: tl.const
 @triton.jit
 def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr, first_ptr,
                    segment_ptr, first_row, part_ptr, lse_ptr, T: tl.constexpr,
-                   K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
-                   TOKENS: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
+                   K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+                   C: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+                   SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
   """Partial outputs and log-sum-exps of one program's picks of one block.
 
   A token's parts are stored side by side, one for each of its rare picks.
@@ -103,8 +104,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr
 @triton.jit
 def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, union_ptr, union_lse_ptr, sink_ptr,
                    _old_out_ptr, _old_lse_ptr, first_row, out_ptr, lse_ptr, T: tl.constexpr,
-                   K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, UNION: tl.constexpr,
-                   SINKS: tl.constexpr):
+                   K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+                   TOKENS: tl.constexpr, UNION: tl.constexpr, SINKS: tl.constexpr):
   """One softmax out of a token's rare partials, its union part and its sink."""
   row = first_row + tl.program_id(1).to(tl.int64)
   batch = row // K
