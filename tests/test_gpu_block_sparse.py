@@ -88,7 +88,8 @@ def check_plan(picks, config, blocks):
     for index in range(tokens // tile):
       rows = mine[index * tile:(index + 1) * tile]
       found, members = np.unique(rows[rows >= 0], return_counts=True)
-      hot = found[members >= config.hot_threshold].tolist()
+      dense = members.sum() >= config.dense_tile * tile * len(found) and config.has_hot
+      hot = found[members >= (1 if dense else config.hot_threshold)].tolist()
       own = index * tile // 64
       if own in hot:
         hot = [own] + [x for x in hot if x != own]

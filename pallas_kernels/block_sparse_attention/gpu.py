@@ -50,14 +50,13 @@ def _forward(q, k, v, sinks, segment_ids, plan, scale, window):
   union = None
   if config.has_hot:
     union = mosaic_gpu.union_forward(
-      q, k, v, plan, scale=scale, sinks=None if config.has_rare else sinks,
-      segment_ids=segment_ids, window=window)
+      q, k, v, plan, scale=scale, sinks=sinks, segment_ids=segment_ids, window=window)
     if not config.has_rare:
       return union
   from pallas_kernels.block_sparse_attention import triton
 
-  return triton.forward(q, k, v, plan, scale=scale, union=union, sinks=sinks,
-                        segment_ids=segment_ids)
+  return triton.forward(q, k, v, plan, scale=scale, union=union,
+                        sinks=sinks if union is None else None, segment_ids=segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

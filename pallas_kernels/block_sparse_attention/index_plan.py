@@ -29,7 +29,8 @@ class PlanConfig:
   """Static choices of a plan.
 
   `hot_threshold` tokens of a tile must share a block to make it hot: 1 sends every pick to the
-  union kernel, more than `tile_tokens` sends every pick to the key-major one. `*_entries` is how
+  union kernel, more than `tile_tokens` sends every pick to the key-major one. A tile whose picks
+  fill `dense_tile` of its union (blocks x tokens) is all hot. `*_entries` is how
   many picks of one block a program of the key-major kernels takes. `list_multiple` pads a
   tile's list to the number of blocks that the union kernel takes in a step.
   """
@@ -39,6 +40,7 @@ class PlanConfig:
   list_multiple: int = 2
   forward_entries: int = 256
   backward_entries: int = 512
+  dense_tile: float = 0.6
 
   def __post_init__(self):
     if self.tile_tokens not in (8, 16, 32):
@@ -46,6 +48,8 @@ class PlanConfig:
     for name in ("hot_threshold", "list_multiple", "forward_entries", "backward_entries"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+    if not 0.25 <= self.dense_tile <= 1:
+      raise ValueError(f"dense_tile: got {self.dense_tile}, want 0.25 to 1")
 
   @property
   def has_hot(self):
@@ -204,14 +208,18 @@ def build_plan(block_indices, num_blocks, config=None):
   flat = block_indices.reshape(b, k, tiles, tile * p)
   words = jnp.take_along_axis(table, jnp.maximum(flat, 0), axis=-1)
   words = jnp.where(flat < 0, jnp.uint32(0), words)
-  hot = lax.population_count(words) >= config.hot_threshold
+  dense = members.sum(-1) >= config.dense_tile * tile * (members > 0).sum(-1)
+  threshold = jnp.where(dense & config.has_hot, 1, config.hot_threshold)[..., None]
+  hot = (words != 0) & (lax.population_count(words).astype(jnp.int32) >= threshold)
   entry = jnp.arange(tile * p, dtype=jnp.int32)
 
   # Union lists: each hot block once, by its first member; one sort of unique keys a tile.
   own = (jnp.arange(tiles, dtype=jnp.int32) * tile // 64)[:, None]
   leads = hot & ((words & (~words + 1)) == jnp.left_shift(1, entry // p).astype(jnp.uint32))
   order = jnp.where(flat == own, 0, flat + 1)
-  width = min(num_blocks, tile * p // config.hot_threshold if config.has_hot else 1)
+  width = 1
+  if config.has_hot:
+    width = min(num_blocks, max(tile * p // config.hot_threshold, int(p / config.dense_tile)))
   width = -(-max(width, 1) // config.list_multiple) * config.list_multiple
   keys = jnp.where(leads, order * 512 + entry, jnp.int32(1 << 30))
   keys = jnp.pad(keys, ((0, 0),) * 3 + ((0, max(0, width - tile * p)),),
@@ -237,7 +245,7 @@ def build_plan(block_indices, num_blocks, config=None):
   ends = jnp.cumsum(members.sum(2).reshape(-1), dtype=jnp.int32)
   starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends[:-1]])
   rare_ends = starts + jnp.where(
-    members < config.hot_threshold, members, 0).sum(2, dtype=jnp.int32).reshape(-1)
+    members < threshold, members, 0).sum(2, dtype=jnp.int32).reshape(-1)
   most = b * k * t * p
   return IndexPlan(
     blocks, tile_words.astype(jnp.int32), counts, order, rare, valid, entries.astype(jnp.int32),

@@ -205,9 +205,11 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
       carry = run_step(jnp.int32(0), carry, first=True)
       acc, row_max, row_sum, _ = lax.fori_loop(1, steps, run_step, carry)
       sink = compat.load(sink_ref.at[kv, wg], _ROW, interpret)
-      row_sum = row_sum + jnp.exp2(sink - row_max)
+      new_max = jnp.maximum(row_max, sink)
+      shrink = jnp.exp2(row_max - new_max)
+      row_max, row_sum = new_max, row_sum * shrink + jnp.exp2(sink - new_max)
       some = row_sum > 0
-      inverse = jnp.where(some, 1.0 / jnp.where(some, row_sum, 1.0), 0.0)
+      inverse = jnp.where(some, shrink / jnp.where(some, row_sum, 1.0), 0.0)
       acc = acc * lax.broadcast_in_dim(inverse, acc.shape, (0,))
       lse = row_max + jnp.log(jnp.where(some, row_sum, 1.0)) * _LOG2E
       q_smem[buffer, wg] = acc.astype(q_ref.dtype)

@@ -102,11 +102,14 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr
 
 
 @triton.jit
-def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, union_ptr, union_lse_ptr, sink_ptr,
-                   _old_out_ptr, _old_lse_ptr, first_row, out_ptr, lse_ptr, T: tl.constexpr,
-                   K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-                   TOKENS: tl.constexpr, UNION: tl.constexpr, SINKS: tl.constexpr):
-  """One softmax out of a token's rare partials, its union part and its sink."""
+def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, old_out_ptr, old_lse_ptr, first_row,
+                   out_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+                   H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, UNION: tl.constexpr,
+                   SINKS: tl.constexpr):
+  """One softmax out of a token's rare parts and, with UNION, what the outputs hold already.
+
+  `old_out_ptr` and `old_lse_ptr` are the outputs' own memory, or nothing on a first pass.
+  """
   row = first_row + tl.program_id(1).to(tl.int64)
   batch = row // K
   kv = row % K
@@ -116,24 +119,27 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, union_ptr, union_lse_ptr, s
   d = tl.arange(0, H)
   count = tl.load(rare_ptr + row * T + token)
   most = tl.max(count, 0)
+  if UNION:  # noqa: SIM102
+    if most == 0:
+      return
   query = (batch * T + token) * (K * G) + kv * G + head
   first = (tl.program_id(1).to(tl.int64) * T + token) * (P * G) + head
   high = tl.full([TOKENS * G], _LOW, tl.float32)
   if UNION:
-    union_lse = tl.load(union_lse_ptr + query)
+    union_lse = tl.load(old_lse_ptr + query)
     high = tl.maximum(high, union_lse)
   if SINKS:
     sink = tl.load(sink_ptr + kv * G + head) * _LOG2E
     high = tl.maximum(high, sink)
   for p in range(most):
-    has = p < count
-    high = tl.maximum(high, tl.load(part_lse_ptr + first + p * G, mask=has, other=_MASKED))
+    high = tl.maximum(
+      high, tl.load(part_lse_ptr + first + p * G, mask=p < count, other=_MASKED))
   total = tl.zeros([TOKENS * G], tl.float32)
   acc = tl.zeros([TOKENS * G, H], tl.float32)
   if UNION:
     weight = tl.exp2(union_lse - high)
     total += weight
-    union = tl.load(union_ptr + query[:, None] * H + d[None, :]).to(tl.float32)
+    union = tl.load(old_out_ptr + query[:, None] * H + d[None, :]).to(tl.float32)
     acc += weight[:, None] * union
   if SINKS:
     total += tl.exp2(sink - high)
@@ -277,7 +283,8 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, c
   """The rare picks of the plan, and `union` = (out, lse) of the hot ones, as one softmax.
 
   q [B,T,N,H], k, v [B,T,K,H], sinks f32 [N] -> out [B,T,N,H], base-2 lse f32 [B,T,N], the sink
-  included; a row that sees no key has out 0.
+  included; a row that sees no key has out 0. `union` counts the sinks already: give one of them.
+  Its memory is reused, and only the tokens with rare picks are touched.
   """
   config = config or KeyMajorConfig()
   sizes = _sizes(q, k, plan)
@@ -288,9 +295,10 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, c
   combine_tokens = max(config.combine_rows // group, 1)
   segments = jnp.zeros((1,), jnp.int32) if segment_ids is None else segment_ids
   sink_values = jnp.zeros((1,), jnp.float32) if sinks is None else sinks
-  done = ()
+  done = () if union is None else tuple(union)
   for first_row in range(0, rows, each):
-    q, k, v = _after((q, k, v), done)
+    if first_row:
+      q, k, v = _after((q, k, v), done)
     part, part_lse = _call(
       forward_kernel, q, k, v, plan.entries, work.group, work.starts, work.ends, work.first,
       segments, first_row,
@@ -300,14 +308,12 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, c
       num_warps=config.forward_warps, num_stages=config.forward_stages, C=blocks, ROWS=each,
       SCALE=float(scale), TOKENS=max(config.forward_rows // group, 1),
       SEGMENTS=segment_ids is not None, **sizes)
-    union_out, union_lse = (q, part_lse) if union is None else union
     old = done or (jnp.zeros((1,), q.dtype), jnp.zeros((1,), jnp.float32))
     done = _call(
-      combine_kernel, part, part_lse, plan.rare, union_out, union_lse, sink_values, *old,
-      first_row,
+      combine_kernel, part, part_lse, plan.rare, sink_values, *old, first_row,
       out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),
                  jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
-      input_output_aliases={6: 0, 7: 1} if done else None,
+      input_output_aliases={4: 0, 5: 1} if done else None,
       grid=(sizes["T"] // combine_tokens, each), num_warps=config.combine_warps, num_stages=1,
       TOKENS=combine_tokens, UNION=union is not None, SINKS=sinks is not None, **sizes)
     done = tuple(done)
@@ -329,7 +335,8 @@ def backward(q, k, v, dout, lse, delta, plan, *, scale, segment_ids=None, window
   parts = jax.ShapeDtypeStruct((programs, 64, h), jnp.float32)
   dq, dkv = (), ()
   for first_row in range(0, rows, each):
-    q, k, v = _after((q, k, v), (dq, dkv))
+    if first_row:
+      q, k, v = _after((q, k, v), (dq, dkv))
     dq_part, dk_part, dv_part = _call(
       backward_kernel, q, k, v, dout, lse, delta, plan.entries, work.group, work.starts,
       work.ends, work.first, segments, first_row,
