@@ -21,7 +21,7 @@ from jax import lax
 
 _NONE = jnp.uint32(0xFFFFFFFF)
 PACKED_BITS = 32        # of a sort key that holds (row, block, class, token, slot)
-_WINDOW = 1024          # tiles sorted by length together
+_WINDOW = 256           # tiles sorted by length together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _inverse_index(block_indices, slots, second, num_blocks):
   slots = slots.reshape(rows, picks).astype(jnp.uint32)
   token = jnp.arange(picks, dtype=jnp.uint32) // p
   row = jnp.arange(rows, dtype=jnp.uint32)[:, None]
-  if rows * classes * picks <= 1 << PACKED_BITS:           # everything in one 32-bit key, one flat sort
+  if rows * classes * picks <= 1 << PACKED_BITS:    # everything in one 32-bit key, one flat sort
     keys = (row * classes + kind) * jnp.uint32(picks) + (token * p + slots)
     return jnp.sort(jnp.where(valid, keys, _NONE).reshape(-1)) % jnp.uint32(picks)
   if classes * t >= 1 << 32:

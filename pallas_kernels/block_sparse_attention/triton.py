@@ -33,6 +33,7 @@ class KeyMajorConfig:
   backward_stages: int = 2
   combine_rows: int = 16
   combine_warps: int = 2
+  combine_steps: int = 8            # times combine_rows that a program of the sum takes
   partial_bytes: int = 6 << 30      # of one pass: more KV heads than fit take further passes
 
   def __post_init__(self):
@@ -104,56 +105,56 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr
 @triton.jit
 def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, old_out_ptr, old_lse_ptr, first_row,
                    out_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-                   H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, UNION: tl.constexpr,
-                   SINKS: tl.constexpr):
+                   H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr,
+                   UNION: tl.constexpr, SINKS: tl.constexpr):
   """One softmax out of a token's rare parts and, with UNION, what the outputs hold already.
 
+  A program takes STEPS times TOKENS tokens; with UNION those without rare picks are left alone.
   `old_out_ptr` and `old_lse_ptr` are the outputs' own memory, or nothing on a first pass.
   """
   row = first_row + tl.program_id(1).to(tl.int64)
   batch = row // K
   kv = row % K
   lane = tl.arange(0, TOKENS * G)
-  token = tl.program_id(0) * TOKENS + lane // G
   head = lane % G
   d = tl.arange(0, H)
-  count = tl.load(rare_ptr + row * T + token)
-  most = tl.max(count, 0)
-  if UNION:  # noqa: SIM102
-    if most == 0:
-      return
-  query = (batch * T + token) * (K * G) + kv * G + head
-  first = (tl.program_id(1).to(tl.int64) * T + token) * (P * G) + head
-  high = tl.full([TOKENS * G], _LOW, tl.float32)
-  if UNION:
-    union_lse = tl.load(old_lse_ptr + query)
-    high = tl.maximum(high, union_lse)
-  if SINKS:
-    sink = tl.load(sink_ptr + kv * G + head) * _LOG2E
-    high = tl.maximum(high, sink)
-  for p in range(most):
-    high = tl.maximum(
-      high, tl.load(part_lse_ptr + first + p * G, mask=p < count, other=_MASKED))
-  total = tl.zeros([TOKENS * G], tl.float32)
-  acc = tl.zeros([TOKENS * G, H], tl.float32)
-  if UNION:
-    weight = tl.exp2(union_lse - high)
-    total += weight
-    union = tl.load(old_out_ptr + query[:, None] * H + d[None, :]).to(tl.float32)
-    acc += weight[:, None] * union
-  if SINKS:
-    total += tl.exp2(sink - high)
-  for p in range(most):
-    has = p < count
-    at = first + p * G
-    weight = tl.exp2(tl.load(part_lse_ptr + at, mask=has, other=_MASKED) - high)
-    total += weight
-    part = tl.load(part_ptr + at[:, None] * H + d[None, :], mask=has[:, None], other=0.0)
-    acc += weight[:, None] * part.to(tl.float32)
-  safe = tl.where(total > 0, total, 1.0)
-  tl.store(out_ptr + query[:, None] * H + d[None, :],
-           (acc * (1.0 / safe)[:, None]).to(out_ptr.dtype.element_ty))
-  tl.store(lse_ptr + query, tl.where(total > 0, high + tl.log2(safe), _MASKED))
+  for step in range(STEPS):
+    token = (tl.program_id(0) * STEPS + step) * TOKENS + lane // G
+    count = tl.load(rare_ptr + row * T + token)
+    most = tl.max(count, 0)
+    if not UNION or most > 0:
+      query = (batch * T + token) * (K * G) + kv * G + head
+      first = (tl.program_id(1).to(tl.int64) * T + token) * (P * G) + head
+      high = tl.full([TOKENS * G], _LOW, tl.float32)
+      if UNION:
+        union_lse = tl.load(old_lse_ptr + query)
+        high = tl.maximum(high, union_lse)
+      if SINKS:
+        sink = tl.load(sink_ptr + kv * G + head) * _LOG2E
+        high = tl.maximum(high, sink)
+      for p in range(most):
+        high = tl.maximum(
+          high, tl.load(part_lse_ptr + first + p * G, mask=p < count, other=_MASKED))
+      total = tl.zeros([TOKENS * G], tl.float32)
+      acc = tl.zeros([TOKENS * G, H], tl.float32)
+      if UNION:
+        weight = tl.exp2(union_lse - high)
+        total += weight
+        union = tl.load(old_out_ptr + query[:, None] * H + d[None, :]).to(tl.float32)
+        acc += weight[:, None] * union
+      if SINKS:
+        total += tl.exp2(sink - high)
+      for p in range(most):
+        has = p < count
+        at = first + p * G
+        weight = tl.exp2(tl.load(part_lse_ptr + at, mask=has, other=_MASKED) - high)
+        total += weight
+        part = tl.load(part_ptr + at[:, None] * H + d[None, :], mask=has[:, None], other=0.0)
+        acc += weight[:, None] * part.to(tl.float32)
+      safe = tl.where(total > 0, total, 1.0)
+      tl.store(out_ptr + query[:, None] * H + d[None, :],
+               (acc * (1.0 / safe)[:, None]).to(out_ptr.dtype.element_ty))
+      tl.store(lse_ptr + query, tl.where(total > 0, high + tl.log2(safe), _MASKED))
 
 
 @triton.jit
@@ -293,6 +294,7 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, c
   entries = sizes["T"] * sizes["P"]
   work, blocks = plan.rare_work, sizes["T"] // 64
   combine_tokens = max(config.combine_rows // group, 1)
+  steps = min(config.combine_steps, 64 // combine_tokens)
   segments = jnp.zeros((1,), jnp.int32) if segment_ids is None else segment_ids
   sink_values = jnp.zeros((1,), jnp.float32) if sinks is None else sinks
   done = () if union is None else tuple(union)
@@ -314,8 +316,9 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, c
       out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),
                  jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
       input_output_aliases={4: 0, 5: 1} if done else None,
-      grid=(sizes["T"] // combine_tokens, each), num_warps=config.combine_warps, num_stages=1,
-      TOKENS=combine_tokens, UNION=union is not None, SINKS=sinks is not None, **sizes)
+      grid=(sizes["T"] // (combine_tokens * steps), each), num_warps=config.combine_warps,
+      num_stages=1, TOKENS=combine_tokens, STEPS=steps, UNION=union is not None,
+      SINKS=sinks is not None, **sizes)
     done = tuple(done)
   return done
 
