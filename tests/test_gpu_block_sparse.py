@@ -102,7 +102,11 @@ def check_plan(picks, config, blocks):
       assert got[:len(hot)].tolist() == words and not got[len(hot):].any()
       is_rare[index * tile:(index + 1) * tile] = (rows >= 0) & ~np.isin(rows, hot)
     steps = plan.counts[b, k][plan.order[b, k]]
-    assert sorted(plan.order[b, k]) == list(range(tokens // tile)) and (np.diff(steps) <= 0).all()
+    late_first = list(range(tokens // tile))[::-1]
+    if config.longest_first:
+      assert sorted(plan.order[b, k])[::-1] == late_first and (np.diff(steps) <= 0).all()
+    else:
+      assert plan.order[b, k].tolist() == late_first
     rare = is_rare.sum(1)
     is_hot = (mine >= 0) & ~is_rare
     assert (plan.rare[b, k] == rare).all() and (plan.valid[b, k] == (mine >= 0).sum(1)).all()
@@ -123,7 +127,8 @@ def check_plan(picks, config, blocks):
 
 @pytest.mark.parametrize("config", [
   index_plan.PlanConfig(32, 8, 2, 16, 32), index_plan.PlanConfig(8, 2, 2, 16, 32),
-  index_plan.PlanConfig(16, 1, 1, 16, 32), index_plan.PlanConfig(32, 33, 2, 16, 32)], ids=str)
+  index_plan.PlanConfig(16, 1, 1, 16, 32, longest_first=False),
+  index_plan.PlanConfig(32, 33, 2, 16, 32)], ids=str)
 @pytest.mark.parametrize("packed_bits", [32, 2], ids=["one_sort", "sort_a_head"])
 def test_plan_matches_loops(monkeypatch, config, packed_bits):
   monkeypatch.setattr(index_plan, "PACKED_BITS", packed_bits)

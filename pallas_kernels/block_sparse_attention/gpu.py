@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import index_plan, mosaic_gpu
 
-# Tokens of a tile that must share a block for the union kernel to take it. The union kernel pays
-# for a tile x block product (about 1200 cycles of an SM for 128 rows), the key-major one for each
-# row it packs and its partial output (about 150 cycles a token of 4 heads); see LOG_gpu_sparse.md.
+# Tokens of a tile that must share a block for the union kernel to take it. On an H200 a tile x
+# block product takes the whole chip 6.5 ns; a packed token of 4 heads, with the sum of its part,
+# 0.84 ns, and one of 16 heads 3.2 ns (LOG_gpu_sparse.md): break-even at 7.7 and 2.1 tokens.
 HOT_THRESHOLD = {4: 8, 8: 4, 16: 2}
 _LOG2E = 1.4426950408889634
 
@@ -42,7 +42,8 @@ def make_plan(block_indices, group, hot_threshold=None):
   return index_plan.build_plan(
     block_indices, block_indices.shape[2] // 64,
     index_plan.PlanConfig(tile_tokens=tokens, hot_threshold=threshold,
-                          list_multiple=mosaic_gpu.UnionConfig().blocks_per_step))
+                          list_multiple=mosaic_gpu.UnionConfig().blocks_per_step,
+                          longest_first=tokens == 32))
 
 
 def _forward(q, k, v, sinks, segment_ids, plan, scale, window):

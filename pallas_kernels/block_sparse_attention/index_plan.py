@@ -30,9 +30,11 @@ class PlanConfig:
 
   `hot_threshold` tokens of a tile must share a block to make it hot: 1 sends every pick to the
   union kernel, more than `tile_tokens` sends every pick to the key-major one. A tile whose picks
-  fill `dense_tile` of its union (blocks x tokens) is all hot. `*_entries` is how
-  many picks of one block a program of the key-major kernels takes. `list_multiple` pads a
-  tile's list to the number of blocks that the union kernel takes in a step.
+  fill `dense_tile` of its union (blocks x tokens) is all hot. `*_entries` is how many picks of one
+  block a program of the key-major kernels takes. `list_multiple` pads a tile's list to the number
+  of blocks that the union kernel takes in a step. `longest_first` sorts a window of tiles by their
+  lists, so that programs side by side take equally long: 3.5 % faster on an H200 for tiles of 32
+  tokens, 2.7 % slower for tiles of 8, whose neighbours share more.
   """
 
   tile_tokens: int = 32
@@ -41,6 +43,7 @@ class PlanConfig:
   forward_entries: int = 256
   backward_entries: int = 512
   dense_tile: float = 0.6
+  longest_first: bool = True
 
   def __post_init__(self):
     if self.tile_tokens not in (8, 16, 32):
@@ -91,7 +94,7 @@ class IndexPlan:
   blocks i32 [B,K,L,U]  hot blocks of tile l, the tile's own block first, then ascending
   words  i32 [B,K,L,U]  bit i: token i of the tile picked it; 0 beyond the tile's count
   counts i32 [B,K,L]    steps of `list_multiple` blocks that hold the tile's list
-  order  i32 [B,K,L]    the tiles in the order to run them: most steps first, by windows
+  order  i32 [B,K,L]    the tiles in the order to run them
   rare   i32 [B,K,T]    how many of the token's picks are rare
   valid  i32 [B,K,T]    how many picks the token has
   entries i32 [B*K*T*P] t * P + slot of every pick, sorted by (b, k, block), rare ones first, then
@@ -231,7 +234,8 @@ def build_plan(block_indices, num_blocks, config=None):
   tile_words = jnp.where(live, jnp.take_along_axis(words, pick, axis=-1), 0)
   counts = live.sum(-1, dtype=jnp.int32)
   counts = jnp.maximum(-(-counts // config.list_multiple), 1)
-  order = _longest_first(counts)
+  order = _longest_first(counts) if config.longest_first else jnp.broadcast_to(
+    jnp.arange(tiles - 1, -1, -1, dtype=jnp.int32), counts.shape)
 
   # The inverse index: every pick sorted by block, rare ones ahead of hot ones.
   is_rare = ((flat >= 0) & ~hot).reshape(b, k, t, p)
