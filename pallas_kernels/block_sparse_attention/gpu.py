@@ -122,10 +122,12 @@ def attend(op, q, k, v, make_plan, *, sinks, segment_ids, scale, window=None):
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
-                           scale=None, plan=None):
+                           scale=None, plan=None, hot_threshold=None):
   """The op of `api.py` on an NVIDIA GPU of compute capability 9.0.
 
-  `plan`: `make_plan(block_indices, N // K)`, so that the layers that share picks share its cost.
+  `plan`: `make_plan(block_indices, N // K)`, so that the layers that share picks share its cost;
+  made here without one, with `hot_threshold`: 1 for the union kernel alone, 1000 for the
+  key-major kernels alone (then any GPU that Triton compiles for will do).
 
   Raises:
     NotImplementedError: block_size other than 64, more than 16 picks, H other than 64 or 128, a
@@ -139,5 +141,5 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
       f"{op} on GPU: got {block_indices.shape[-1]} picks, want at most 16")
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   return attend(op, q, k, v,
-                lambda _, group: make_plan(block_indices, group) if plan is None else plan,
+                lambda _, group: plan or make_plan(block_indices, group, hot_threshold),
                 sinks=sinks, segment_ids=segment_ids, scale=scale)
