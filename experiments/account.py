@@ -1,7 +1,7 @@
 """Prints parameters, FLOPs and KV bytes of a config beside its full and SWA twins; runs nothing.
 
     python -m experiments.account --config=configs/hysparse_80b_a3b.py --tokens=32768
-        [--set a.b=v ...] [--kv_dtype=bf16|fp8|f32] [--json]
+        [--set a.b=v ...] [--kv_dtype=bf16|fp8|f32] [--json] [--picture=layers.png]
 """
 
 import json
@@ -14,6 +14,7 @@ from hysparse_jax import accounting
 _TOKENS = flags.DEFINE_integer("tokens", None, "Sequence length; default: data.seq_len.")
 _KV_DTYPE = flags.DEFINE_enum("kv_dtype", "bf16", list(accounting.KV_DTYPE_BYTES),
                               "Element type of the KV cache.")
+_PICTURE = flags.DEFINE_string("picture", None, "Also draw the layers and the cache to this PNG.")
 
 
 def main(argv):
@@ -21,6 +22,11 @@ def main(argv):
   del argv
   cfg = cli.load_config()
   tokens = cfg.data.seq_len if _TOKENS.value is None else _TOKENS.value
+  if _PICTURE.value:
+    from hysparse_jax import plots  # matplotlib is slow to import
+    full = cfg.model.layer_kinds.count("full")
+    plots.architecture(cfg.model, _PICTURE.value, title=f"{cli.CONFIG.value}: "
+                       f"{cfg.model.num_layers} layers, {full} of them full attention")
   if cli.JSON.value:
     print(json.dumps(accounting.account_row(cfg.model, tokens, _KV_DTYPE.value)))
     return

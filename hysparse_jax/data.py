@@ -5,8 +5,9 @@ epoch after epoch, each with the documents in a fresh order drawn from (seed, ep
 `packing` the epochs form one stream of tokens, cut every `seq_len`; without it every row is one
 document, or a `seq_len` piece of a longer one, padded. Where a row lies follows from its number
 by a search in cumulative lengths, so nothing is replayed on resume and no reader state is saved:
-a checkpoint holds the step and the `fingerprint` of the recipe. The batch of step s is rows
-[s*B, (s+1)*B); host i of n takes the i-th of n equal slices of it.
+a checkpoint holds the step and the `fingerprint` of the recipe. Rows are trained on in a shuffled
+order, pass by pass, since neighbours are often pieces of one document: the batch of step s is the
+rows numbered `shuffled_rows` of [s*B, (s+1)*B); host i of n takes the i-th of n equal slices.
 
 Tokens are held in memory (1 byte each for bytes); there is no on-disk cache between runs.
 """
@@ -36,7 +37,7 @@ from hysparse_jax.tokenizer import load_tokenizer
 __all__ = ["Batch", "Corpus", "TrainStream", "check_fingerprint", "heldout_batches",
            "load_tokenizer"]
 
-VERSION = "1"             # of the mapping from config and step to batches; in the fingerprint
+VERSION = "2"             # of the mapping from config and step to batches; in the fingerprint
 _PREFETCH = 2             # batches ready ahead of the step, per worker
 _STEPS = 1 << 40          # more than any run has
 _EPOCHS_KEPT = 4          # orders of documents held at once
@@ -144,7 +145,7 @@ def heldout_batches(cfg: DataConfig, count: int, batch_size: int | None = None,
                     seq_len: int | None = None) -> list[Batch]:
   """The first `count` batches of the held-out documents, fewer where they end sooner.
 
-  One pass in the order of content hashes, the same for every seed, packed as `cfg.packing` says;
+  One pass over rows drawn from all of them, the same for every seed, packed as `cfg.packing` says;
   what the documents do not fill of the last batch is padding. Batches are global: every host gets
   the same ones.
 
@@ -159,8 +160,29 @@ def heldout_batches(cfg: DataConfig, count: int, batch_size: int | None = None,
   tokens, starts = load_tokenizer(cfg).encode_documents(Corpus.open(cfg).heldout)
   rows = _Rows(tokens, starts, seq_len, cfg.packing, seed=None)
   available = -(-rows.per_pass // batch_size)
-  return [rows.take(np.arange(index * batch_size, (index + 1) * batch_size))
-          for index in range(min(count, available))]
+  numbers = np.arange(min(count, available) * batch_size).reshape(-1, batch_size)
+  return [rows.take(shuffled_rows(batch, rows.per_pass, seed=0)) for batch in numbers]
+
+
+def shuffled_rows(numbers: np.ndarray, per_pass: int, seed: int) -> np.ndarray:
+  """Where the rows `numbers`, i64 [R], stand in the sequence of rows, i64 [R].
+
+  A bijection of every pass [n * per_pass, (n + 1) * per_pass) to itself, another for each pass and
+  seed: a Feistel network over the next even number of bits, walked until it lands inside (Black
+  and Rogaway 2002), so that no permutation need be held however long a pass is.
+  """
+  number_of_pass, within = np.divmod(numbers.astype(np.int64), per_pass)
+  half = np.uint64(max(1, -(-(per_pass - 1).bit_length() // 2)))
+  mask = np.uint64((1 << int(half)) - 1)
+  key = _mix(_mix(np.array([seed % 2**64], np.uint64)) + number_of_pass.astype(np.uint64))
+  place, outside = within.astype(np.uint64), np.ones(within.shape, bool)
+  while outside.any():
+    left, right = place >> half, place & mask
+    for turn in range(4):
+      left, right = right, left ^ (_mix(_mix(key + np.uint64(turn)) + right) & mask)
+    place = np.where(outside, left << half | right, place)
+    outside = place >= per_pass
+  return number_of_pass * per_pass + place.astype(np.int64)
 
 
 def check_fingerprint(saved: dict[str, str], current: dict[str, str]):
@@ -185,7 +207,8 @@ class _Slice(NamedTuple):
   count: int
 
   def of(self, rows, step) -> Batch:
-    return rows.take(step * self.batch_size + self.first + np.arange(self.count))
+    numbers = step * self.batch_size + self.first + np.arange(self.count)
+    return rows.take(shuffled_rows(numbers, rows.per_pass, rows.seed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +266,7 @@ class _Rows:
   """
 
   def __init__(self, tokens, starts, seq_len, packing, seed):
-    self.tokens, self.starts = tokens, starts
+    self.tokens, self.starts, self.seed = tokens, starts, seed
     self._seq_len, self._packing, self._one_pass = seq_len, packing, seed is None
     self._lengths = np.diff(starts)
     # A document of n tokens holds n - 1 predictions, T to a row; one token alone still has a row.

@@ -80,7 +80,7 @@ def _gates(rows):
 
 def architecture(cfg: ModelConfig, path, *, title: str):
   """The layers of a config and who reads whose KV; beside it the cache it and its twins need."""
-  figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.6), width_ratios=(2, 1))
+  figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.8), width_ratios=(2, 1))
   full_color, sparse_color, ring_color = "#1f3b5c", "#8fb8de", "#f2a65a"
   start = 0
   for layer, kind in enumerate(cfg.layer_kinds):
@@ -93,25 +93,27 @@ def architecture(cfg: ModelConfig, path, *, title: str):
       left.annotate("", (layer + 0.4, 1.02), (start + 0.8, 1.8), arrowprops=dict(
         arrowstyle="-|>", color="0.45", linewidth=0.6, mutation_scale=6,
         connectionstyle="arc3,rad=-0.15"))
-  left.set(xlim=(-0.5, cfg.num_layers + 0.3), ylim=(-0.75, 2.6), yticks=[],
-           xlabel="layer")
+  left.set(xlim=(-0.5, cfg.num_layers + 0.3), ylim=(-1.25, 2.1), yticks=[], xlabel="layer")
   left.spines[["left", "right", "top"]].set_visible(False)
   names = [(full_color, "full attention: keeps all KV, picks "
                         f"{cfg.num_blocks} blocks of {cfg.block_size} keys per token"),
            (sparse_color, "sparse: reads those blocks of the full layer's KV"),
            (ring_color, f"its own window of {cfg.window} tokens")]
   left.legend([plt.Rectangle((0, 0), 1, 1, color=color) for color, _ in names],
-              [name for _, name in names], loc="upper center", ncol=3, fontsize=7.5,
-              frameon=False, bbox_to_anchor=(0.5, 0.17), columnspacing=1.0, handlelength=1.0)
+              [name for _, name in names], loc="lower center", fontsize=8, frameon=False,
+              handlelength=1.0, labelspacing=0.25)
   left.set_title(title)
   tokens = 2 ** np.arange(10, 21)
   twins = {"full attention": accounting.twins(cfg)["full"], "HySparse": cfg,
            "Hybrid SWA": accounting.twins(cfg)["swa"]}
   styles = {"full attention": ("#b03a2e", "-"), "HySparse": (full_color, "-"),
             "Hybrid SWA": (ring_color, "--")}
-  for name, twin in twins.items():
-    total = [accounting.account(twin, int(n)).kv_bytes_total / 1e9 for n in tokens]
+  totals = {name: [accounting.account(twin, int(n)).kv_bytes_total / 1e9 for n in tokens]
+            for name, twin in twins.items()}
+  for name, total in totals.items():
     right.plot(tokens, total, styles[name][1], color=styles[name][0], label=name)
+  more, less = totals["full attention"][-3], totals["HySparse"][-3]
+  right.annotate(f"{more / less:.1f}x", (tokens[-3], (more * less) ** 0.5), ha="center")
   right.set_xscale("log", base=2)
   right.set_yscale("log")
   right.set(xlabel="tokens", ylabel="GB (bf16)", title="KV cache of one sequence")

@@ -1,5 +1,14 @@
-"""Eight simulated CPU devices, set before JAX makes its backend."""
+"""Eight simulated CPU devices, and programs compiled quickly, set before JAX makes its backend.
 
-import jax
+Most of the suite's time is LLVM's. Its optimiser is turned off in the test process: what XLA fuses
+and splits stays as it is. Tests that start programs of their own start them with it on.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+                           " --xla_llvm_disable_expensive_passes=true")
+
+import jax  # noqa: E402  (after the flags)
 
 jax.config.update("jax_num_cpu_devices", 8)

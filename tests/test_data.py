@@ -16,7 +16,7 @@ from tests.corpora import DOCUMENTS, read_back, train_documents, write_folder, w
 
 ROOT = pathlib.Path(__file__).parent.parent
 T, B = 64, 4
-GOLDEN = ["2ee341a92510caf4", "fb75c3e8d23125f4"]   # SHA-256 of 8 batches: packed, unpacked
+GOLDEN = ["2a21d6abbb47271d", "e100124f24508d50"]   # SHA-256 of 8 batches: packed, unpacked
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,14 @@ def sha(batches):
   return digest.hexdigest()
 
 
+def in_order(stream, step):
+  """The batch that `step` would have if rows were not shuffled."""
+  return stream._rows.take(step * B + np.arange(B))
+
+
 def stream_of(stream, steps):
-  return b"".join(stream.batch(step).tokens.astype(np.uint8).tobytes() for step in range(steps))
+  return b"".join(in_order(stream, step).tokens.astype(np.uint8).tobytes()
+                  for step in range(steps))
 
 
 def loop_rows(visits, seq_len, packing):
@@ -87,7 +93,7 @@ def test_packed_batches_equal_a_loop_over_the_documents(cfg, seed):
   assert stream.num_documents == len(known)
   assert stream.tokens_per_epoch == sum(map(len, known))
   steps = 3 * stream.tokens_per_epoch // (B * T)   # nearly three epochs
-  batches = [stream.batch(step) for step in range(steps)]
+  batches = [in_order(stream, step) for step in range(steps)]
   visits = read_back(stream_of(stream, steps + 1), known)   # one more: the last row's target
   expected = loop_rows(visits, T, packing=True)
   for name, want, *got in zip(data.Batch._fields, expected, *batches):
@@ -117,7 +123,8 @@ def test_a_document_that_follows_itself_is_a_new_segment(cfg, tmp_path):
   stream = data.TrainStream(dataclasses.replace(cfg, source=str(folder), batch_size=1,
                                                 heldout_fraction=fraction))
   assert (stream.num_documents, stream.tokens_per_epoch) == (1, 90)
-  batch = stream.batch(1)   # tokens 64 to 127: the end of one epoch, the start of the next
+  # Tokens 64 to 127: the end of one epoch, the start of the next.
+  batch = stream._rows.take(np.array([1]))
   assert batch.segment_ids.tolist() == [[1] * 26 + [2] * 38]
   assert batch.weights.tolist() == [[1] * 25 + [0] + [1] * 38]
 
@@ -127,7 +134,7 @@ def test_unpacked_rows_hold_one_document_each(cfg):
   stream, known = data.TrainStream(cfg), train_documents(cfg)
   per_epoch = sum(max(1, -(-(len(document) - 1) // T)) for document in known)
   steps = 2 * per_epoch // B
-  got = [np.concatenate(arrays) for arrays in zip(*(stream.batch(s) for s in range(steps)))]
+  got = [np.concatenate(arrays) for arrays in zip(*(in_order(stream, s) for s in range(steps)))]
   assert set(np.unique(got[2])) == {0, 1}
   heads = [bytes(row[:5].astype(np.uint8)) for row in got[0]]
   by_head = {document[:5]: document for document in known}
@@ -143,13 +150,42 @@ def test_every_next_token_is_predicted_once_per_epoch(cfg):
     stream = data.TrainStream(dataclasses.replace(cfg, packing=packing))
     rows = stream._rows.per_pass
     known = train_documents(cfg)
-    weights = np.concatenate([stream.batch(step).weights for step in range(-(-rows // B))])
+    weights = np.concatenate([in_order(stream, step).weights for step in range(-(-rows // B))])
     predictions = sum(len(document) - 1 for document in known)
     if packing:   # the last row runs on into the next epoch
       weights = weights.reshape(-1)[:stream.tokens_per_epoch]
     else:
       weights = weights[:rows]
     assert weights.sum() == predictions
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_are_shuffled_within_every_pass(cfg, packing):
+  stream = data.TrainStream(dataclasses.replace(cfg, packing=packing))
+  rows = stream._rows.per_pass
+  straight = stream._rows.take(np.arange(2 * rows + B)).tokens
+  order = data.shuffled_rows(np.arange(2 * rows + B), rows, seed=0)
+  got = np.concatenate([stream.batch(step).tokens for step in range(2 * rows // B)])
+  np.testing.assert_array_equal(got, straight[order[:len(got)]])
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 3, 16, 17, 1000, 4096])
+def test_shuffled_rows_are_a_bijection_of_every_pass(per_pass):
+  numbers = np.arange(3 * per_pass)
+  orders = {}
+  for seed in (0, 1):
+    order = data.shuffled_rows(numbers, per_pass, seed)
+    for epoch in range(3):
+      part = order[epoch * per_pass:(epoch + 1) * per_pass]
+      assert sorted(part) == list(range(epoch * per_pass, (epoch + 1) * per_pass))
+      orders[seed, epoch] = tuple(part - epoch * per_pass)
+    picked = numbers[::3]
+    np.testing.assert_array_equal(data.shuffled_rows(picked, per_pass, seed), order[::3])
+  if per_pass >= 16:
+    assert len(set(orders.values())) == 6 and tuple(range(per_pass)) not in orders.values()
+  if per_pass == 4096:   # neighbours are parted: their mean distance is a third of the pass
+    order = np.asarray(orders[0, 0])
+    assert 0.30 < np.abs(np.diff(order)).mean() / per_pass < 0.37
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -195,7 +231,7 @@ def test_batches_are_the_same_on_every_machine_and_version(cfg):
   # Computed once by this code; a change of it is a change of data.VERSION.
   digests = [sha(data.TrainStream(dataclasses.replace(cfg, packing=packing)).batch(step)
                  for step in range(8))[:16] for packing in (True, False)]
-  assert (data.VERSION, digests) == ("1", GOLDEN)
+  assert (data.VERSION, digests) == ("2", GOLDEN)
 
 
 def test_splitmix64_gives_its_published_stream():
@@ -256,7 +292,7 @@ def test_fingerprint_names_what_changed(cfg, tmp_path, tokenizer_json):
   for change in ({"workers": 3}, {"source": str(same)}):
     data.check_fingerprint(saved,
                            data.TrainStream(dataclasses.replace(cfg, **change)).fingerprint)
-  with pytest.raises(UserError, match="version was absent, is 1"):
+  with pytest.raises(UserError, match="version was absent, is 2"):
     data.check_fingerprint({k: v for k, v in saved.items() if k != "version"}, saved)
   assert json.loads(json.dumps(saved)) == saved
 
@@ -273,8 +309,11 @@ def test_heldout_batches_are_one_pass_over_the_heldout_documents(cfg, packing):
   if packing:   # the loop keeps whole rows; the rest of the last one is checked through the sums
     assert sum(b.weights.sum() for b in batches) == sum(len(d) - 1 for d in heldout)
     assert sum((b.segment_ids > 0).sum() for b in batches) == sum(map(len, heldout))
+  per_pass = -(-sum(map(len, heldout)) // 16) if packing else rows.shape[1]
+  order = data.shuffled_rows(np.arange(3 * len(batches)), per_pass, seed=0)
+  assert (order[:len(rows[0])] != np.arange(len(rows[0]))).any()
   for name, want, *got in zip(data.Batch._fields, rows, *batches):
-    got = np.concatenate(got)
+    got = np.concatenate(got)[np.argsort(order)]
     np.testing.assert_array_equal(got[:len(want)], want, err_msg=name)
     assert len(got) % 3 == 0 and len(got) - len(want) <= 3
     if not packing:

@@ -5,10 +5,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from hysparse_jax import config, data, model, sharding, train_step
 from hysparse_jax.checkpoint import Checkpoints
 from hysparse_jax.errors import UserError
+from hysparse_jax.model import Transformer
 from tests.test_configs import REPO
 from tests.tolerances import assert_close
 
@@ -32,17 +34,26 @@ def batch_of(cfg):
   return jax.tree.map(np.asarray, data.TrainStream(cfg.data).batch(3))
 
 
+@functools.lru_cache
+def weights_of(cfg):
+  return jax.device_get(jax.jit(lambda key: Transformer(cfg.model, rngs=nnx.Rngs(key)))(
+    jax.random.key(0)))
+
+
 def gradients(cfg, mesh):
-  """Loss and gradients by leaf name, of weights that do not depend on the mesh."""
-  program = train_step.build(cfg, mesh)
+  """Loss and gradients by leaf name, with weights and batch where a run would have them."""
+  sharding.check_divisible(cfg, mesh)
 
   def objective(net, batch):
     return model.loss(net, batch, z_loss=1e-3)[0]
 
+  net = weights_of(cfg)
+  places = sharding.shardings(net, mesh)
+  step = jax.jit(jax.value_and_grad(objective),
+                 in_shardings=(places, sharding.batch_sharding(mesh)),
+                 out_shardings=(None, places))
   with jax.set_mesh(mesh):
-    net = program.init(jax.random.key(0)).model
-    batch = jax.device_put(batch_of(cfg), program.batch_sharding)
-    value, grads = jax.jit(jax.value_and_grad(objective))(net, batch)
+    value, grads = step(net, batch_of(cfg))
   leaves = jax.tree_util.tree_leaves_with_path(grads)
   return value, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

@@ -47,7 +47,7 @@ def arguments(corpus, workdir, *more, name="tiny_moe"):
 
 def start(args):
   """`experiments.train` in a process of its own."""
-  env = os.environ | {"JAX_PLATFORMS": "cpu"}
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
   return subprocess.Popen([sys.executable, "-m", "experiments.train", *args], cwd=REPO, env=env,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

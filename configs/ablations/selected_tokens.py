@@ -1,6 +1,6 @@
 r"""Ablation: keys selected per token; the argument is a multiple of the block size.
 
-    python -m experiments.train --config=configs/ablations/selected_tokens.py:64 \
+    python -m experiments.train --config=configs/ablations/selected_tokens.py:32 \
         --workdir=runs/selected_tokens
     at the paper's size: --config=configs/hysparse_7b.py --set model.selected_tokens=512
 
@@ -14,6 +14,6 @@ import pathlib
 from hysparse_jax import config
 
 
-def get_config(arg="64"):
+def get_config(arg="32"):
   base = config.load(str(pathlib.Path(__file__).parents[1] / "tiny.py"))
   return config.override(base, f"model.selected_tokens={arg}")
