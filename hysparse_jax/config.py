@@ -112,7 +112,7 @@ class ModelConfig(_Checked):
   tied_embeddings: bool = False
   dtype: Literal["bfloat16", "float32"] = "bfloat16"   # compute; weights are kept in float32
   remat: Literal["none", "layer", "block"] = "none"    # what the backward pass recomputes
-  implementation: str | None = None   # of the attention ops; None picks by platform
+  implementation: str | None = None   # of attention in training; None picks by platform
 
   def __post_init__(self):
     self._check_choices()

@@ -121,12 +121,12 @@ class FullLayer(Attention):
     `num_blocks` is P; 0 when no layer follows that would use them.
     """
     cfg = self.cfg
-    options = dict(block_size=cfg.block_size, num_blocks=num_blocks,
-                   implementation=cfg.implementation)
+    options = dict(block_size=cfg.block_size, num_blocks=num_blocks)
     _, q, k, v = self.project(x, rows)
     if cache is None:
       shared = SharedKV(k, v)
-      attend = lambda q, k, v, segments: oracle_attention(q, k, v, segment_ids=segments, **options)
+      attend = lambda q, k, v, segments: oracle_attention(
+        q, k, v, segment_ids=segments, implementation=cfg.implementation, **options)
       o, picked = per_device(attend, (HEADS, KV, KV, TOKENS), (HEADS, PICKED))(
         q, k, v, rows.segment_ids)
     else:
@@ -220,12 +220,11 @@ class SparseLayer(Attention):
   def _attend_cached(self, q, shared, picked, k, v, gate_sparse, gate_local, sink_sparse,
                      sink_local, rows, cache, block, layer):
     cfg = self.cfg
-    common = dict(implementation=cfg.implementation)
     sinks = ("heads",)
     o = 0
     if cfg.has_sparse_branch:
       op = lambda q, k, v, ix, positions, sink: cached_block_sparse_attention(
-        q, k, v, ix, positions, block_size=cfg.block_size, sinks=sink, **common)
+        q, k, v, ix, positions, block_size=cfg.block_size, sinks=sink)
       o = gate_sparse * per_device(op, (HEADS, KV, KV, PICKED, TOKENS, sinks), HEADS)(
         q, *shared, picked, rows.positions, sink_sparse)
     if cfg.has_local_branch:
@@ -236,7 +235,7 @@ class SparseLayer(Attention):
         ring_k, k = kv_cache.ring_view(shared.k, rows.positions, cfg.window)
         ring_v, v = kv_cache.ring_view(shared.v, rows.positions, cfg.window)
       op = lambda q, kr, vr, k, v, positions, sink: cached_sliding_window_attention(
-        q, kr, vr, k, v, positions, window=cfg.window, sinks=sink, **common)
+        q, kr, vr, k, v, positions, window=cfg.window, sinks=sink)
       o = o + gate_local * per_device(op, (HEADS, KV, KV, KV, KV, TOKENS, sinks), HEADS)(
         q, ring_k, ring_v, k, v, rows.positions, sink_local)
     return o, cache
@@ -314,9 +313,11 @@ def _remat(cfg: ModelConfig, level: str, function, **kwargs):
   """`function`, recomputed in the backward pass if `cfg.remat` says so at this level.
 
   The oracle's choice is always saved: recomputed scores could differ in the last bit, and then
-  forward and backward would attend to different blocks.
+  forward and backward would attend to different blocks. So are, where a kernel names them, its
+  output and log-sum-exp, which spare the backward pass a second run of the forward kernel.
   """
   if cfg.remat != level:
     return function
-  keep = jax.checkpoint_policies.save_only_these_names("block_indices")
+  keep = jax.checkpoint_policies.save_only_these_names(
+    "block_indices", "oracle_block_indices", "oracle_out", "oracle_lse")
   return jax.checkpoint(function, policy=keep, prevent_cse=False, **kwargs)

@@ -3,7 +3,19 @@
 from pallas_kernels import checks, implementations
 from pallas_kernels.block_sparse_attention import reference
 
-_AVAILABLE = {"reference": reference.block_sparse_attention}
+
+def _mosaic_gpu(*args, **options):
+  from pallas_kernels.block_sparse_attention import gpu  # its packages only where it is used
+  return gpu.block_sparse_attention(*args, **options)
+
+
+def _triton(*args, **options):
+  from pallas_kernels.block_sparse_attention import gpu
+  return gpu.block_sparse_attention(*args, hot_threshold=1000, **options)
+
+
+_AVAILABLE = {"reference": reference.block_sparse_attention, "mosaic_gpu": _mosaic_gpu,
+              "triton": _triton}
 _BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
 
 
@@ -24,7 +36,8 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
     segment_ids: i32 [B,T] or None. Tokens see only their own segment; 0 is padding, which sees
       nothing (output 0) and is seen by nobody.
     scale: of the logits; None is 1/sqrt(H).
-    implementation: "reference", or None to pick by platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper; its backward is Triton's), "triton"
+      (Triton alone), or None to pick by platform.
 
   Returns:
     out [B,T,N,E] in q's dtype; 0 where a query sees no key. No gradient reaches block_indices.

@@ -3,7 +3,13 @@
 from pallas_kernels import checks, implementations
 from pallas_kernels.hybrid_sparse_attention import reference
 
-_AVAILABLE = {"reference": reference.hybrid_sparse_attention}
+
+def _mosaic_gpu(*args, **options):
+  from pallas_kernels.hybrid_sparse_attention import gpu  # its packages only where it is used
+  return gpu.hybrid_sparse_attention(*args, **options)
+
+
+_AVAILABLE = {"reference": reference.hybrid_sparse_attention, "mosaic_gpu": _mosaic_gpu}
 _BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
 
 
@@ -30,7 +36,7 @@ def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_loc
     window: tokens of the local branch, the query's own included.
     segment_ids: i32 [B,T] or None; 0 is padding, see `block_sparse_attention`.
     scale: of the logits of both branches; None is 1/sqrt(H).
-    implementation: "reference", or None to pick by platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), or None to pick by platform.
 
   Returns:
     out [B,T,N,E] in q's dtype.

@@ -1,12 +1,15 @@
 """The public function of the op."""
 
 from pallas_kernels import checks, implementations
-from pallas_kernels.oracle_attention import mosaic_gpu, reference
+from pallas_kernels.oracle_attention import reference
 
-_AVAILABLE = {
-  "reference": reference.oracle_attention,
-  "mosaic_gpu": mosaic_gpu.oracle_attention,
-}
+
+def _mosaic_gpu(*args, **options):
+  from pallas_kernels.oracle_attention import mosaic_gpu  # its packages only where it is used
+  return mosaic_gpu.oracle_attention(*args, **options)
+
+
+_AVAILABLE = {"reference": reference.oracle_attention, "mosaic_gpu": _mosaic_gpu}
 _BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
 
 

@@ -3,7 +3,13 @@
 from pallas_kernels import checks, implementations
 from pallas_kernels.sliding_window_attention import reference
 
-_AVAILABLE = {"reference": reference.sliding_window_attention}
+
+def _mosaic_gpu(*args, **options):
+  from pallas_kernels.sliding_window_attention import gpu  # its packages only where it is used
+  return gpu.sliding_window_attention(*args, **options)
+
+
+_AVAILABLE = {"reference": reference.sliding_window_attention, "mosaic_gpu": _mosaic_gpu}
 _BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
 
 
@@ -20,7 +26,7 @@ def sliding_window_attention(q, k, v, *, window=128, sinks=None, segment_ids=Non
     segment_ids: i32 [B,T] or None. Tokens see only their own segment; 0 is padding, which sees
       nothing (output 0) and is seen by nobody.
     scale: of the logits; None is 1/sqrt(H).
-    implementation: "reference", or None to pick by platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), or None to pick by platform.
 
   Returns:
     out [B,T,N,E] in q's dtype.

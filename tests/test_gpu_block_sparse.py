@@ -1,0 +1,300 @@
+"""Block-sparse and sliding-window attention for Hopper.
+
+On CPU: the plan against loops, the Mosaic kernel in GPU interpret mode, the Triton kernels on
+Triton's interpreter (outputs poisoned with NaN), and lowering for CUDA. On a GPU (`-m gpu`): the
+compiled kernels against the reference, forward and gradients, and bit for bit across two runs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import selections
+from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention import gpu, index_plan, mosaic_gpu, reference
+from pallas_kernels.hybrid_sparse_attention import gpu as hybrid_gpu
+from pallas_kernels.hybrid_sparse_attention import reference as hybrid_reference
+from pallas_kernels.sliding_window_attention import gpu as window_gpu
+from pallas_kernels.sliding_window_attention import reference as window_reference
+from tests import triton_interpreter
+
+# ||got - want|| / ||want||: the operands and the stored parts are rounded to 8 (bf16) or 11 (f16)
+# bits, each product's error is independent, and norms average them.
+RELATIVE = {"bfloat16": 5e-3, "float16": 7e-4}
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+  if jax.default_backend() != "cpu":
+    pytest.skip("interpreters run on CPU")
+  patch = pytest.MonkeyPatch()
+  triton_interpreter.install(patch)
+  patch.setattr(mosaic_gpu, "union_forward", functools.partial(
+    mosaic_gpu.union_forward, interpret=compat.InterpretGPUParams()))
+  yield
+  patch.undo()
+
+
+def random_picks(seed, batch, kv_heads, tokens, picks):
+  """Between none and `picks` distinct causal blocks for every token, ascending, -1 last."""
+  rng = np.random.default_rng(seed)
+  out = np.full((batch, kv_heads, tokens, picks), -1, np.int32)
+  for at in np.ndindex(batch, kv_heads, tokens):
+    blocks = at[2] // 64 + 1
+    count = rng.integers(0, min(blocks, picks) + 1)
+    out[at][:count] = np.sort(rng.choice(blocks, count, replace=False))
+  return jnp.asarray(out)
+
+
+def make_inputs(seed, batch, tokens, kv_heads, group, head_dim, dtype, segmented):
+  rng = np.random.default_rng(seed)
+  draw = lambda n: jnp.asarray(rng.standard_normal((batch, tokens, n, head_dim)), dtype)
+  sinks = jnp.asarray(rng.standard_normal(kv_heads * group), jnp.float32)
+  segments = np.sort(rng.integers(0, 4, (batch, tokens)), axis=1).astype(np.int32)
+  return (draw(kv_heads * group), draw(kv_heads), draw(kv_heads), draw(kv_heads * group), sinks,
+          jnp.asarray(segments) if segmented else None)
+
+
+def relative(got, want):
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert np.isfinite(got).all()
+  return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def compare(run, reference_run, arguments, dout, dtype):
+  """Forward and gradients of `run` against the reference's in float32; returns what `run` gave."""
+  out, pullback = jax.vjp(run, *arguments)
+  grads = pullback(dout)
+  single = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
+  want, reference_pullback = jax.vjp(reference_run, *single)
+  name = jnp.dtype(dtype).name
+  assert out.dtype == dtype
+  assert relative(out, want) < RELATIVE[name]
+  for got, expected in zip(grads, reference_pullback(dout.astype(jnp.float32))):
+    assert relative(got, expected) < 2 * RELATIVE[name]
+  return out, grads
+
+
+def check_plan(picks, config, blocks):
+  plan = jax.tree.map(np.asarray, index_plan.build_plan(jnp.asarray(picks), blocks, config))
+  batch, kv_heads, tokens, width = picks.shape
+  tile = config.tile_tokens
+  for b, k in np.ndindex(batch, kv_heads):
+    mine = picks[b, k]
+    is_rare = np.zeros(mine.shape, bool)
+    for index in range(tokens // tile):
+      rows = mine[index * tile:(index + 1) * tile]
+      found, members = np.unique(rows[rows >= 0], return_counts=True)
+      dense = members.sum() >= config.dense_tile * tile * len(found) and config.has_hot
+      hot = found[members >= (1 if dense else config.hot_threshold)].tolist()
+      own = index * tile // 64
+      if own in hot:
+        hot = [own] + [x for x in hot if x != own]
+      steps = max(-(-len(hot) // config.list_multiple), 1)
+      assert plan.counts[b, k, index] == steps
+      assert plan.blocks.shape[-1] >= steps * config.list_multiple
+      assert plan.blocks[b, k, index, :len(hot)].tolist() == hot
+      words = [sum(1 << i for i in range(tile) if block in rows[i]) for block in hot]
+      got = plan.words[b, k, index].astype(np.int64) & 0xFFFFFFFF
+      assert got[:len(hot)].tolist() == words and not got[len(hot):].any()
+      is_rare[index * tile:(index + 1) * tile] = (rows >= 0) & ~np.isin(rows, hot)
+    steps = plan.counts[b, k][plan.order[b, k]]
+    late_first = list(range(tokens // tile))[::-1]
+    if config.longest_first:
+      assert sorted(plan.order[b, k])[::-1] == late_first and (np.diff(steps) <= 0).all()
+    else:
+      assert plan.order[b, k].tolist() == late_first
+    rare = is_rare.sum(1)
+    is_hot = (mine >= 0) & ~is_rare
+    assert (plan.rare[b, k] == rare).all() and (plan.valid[b, k] == (mine >= 0).sum(1)).all()
+    slot = np.where(is_rare, is_rare.cumsum(1), rare[:, None] + is_hot.cumsum(1)) - 1
+    for block in range(blocks):
+      t, p = np.nonzero(mine == block)
+      entry, first = t * width + slot[t, p], is_rare[t, p]
+      group = (b * kv_heads + k) * blocks + block
+      for work, want in ((plan.rare_work, entry[first]),
+                         (plan.all_work, np.concatenate([entry[first], entry[~first]]))):
+        if work is plan.rare_work and not config.has_rare:
+          continue
+        programs = range(work.first[group], work.first[group + 1])
+        assert all(work.group[i] == group for i in programs)
+        got = [e for i in programs for e in plan.entries[work.starts[i]:work.ends[i]]]
+        assert got == want.tolist()
+
+
+@pytest.mark.parametrize("config", [
+  index_plan.PlanConfig(32, 8, 2, 16, 32), index_plan.PlanConfig(8, 2, 2, 16, 32),
+  index_plan.PlanConfig(16, 1, 1, 16, 32, longest_first=False),
+  index_plan.PlanConfig(32, 33, 2, 16, 32)], ids=str)
+@pytest.mark.parametrize("packed_bits", [32, 2], ids=["one_sort", "sort_a_head"])
+def test_plan_matches_loops(monkeypatch, config, packed_bits):
+  monkeypatch.setattr(index_plan, "PACKED_BITS", packed_bits)
+  picks = np.stack([selections.walk(2, 1024, 2.0, 5), selections.random(2, 1024, 5)])
+  picks[:, :, ::7] = -1
+  check_plan(picks, config, 16)
+
+
+def test_plan_names_what_it_cannot_do():
+  with pytest.raises(NotImplementedError, match="T=100"):
+    index_plan.build_plan(jnp.zeros((1, 1, 100, 4), jnp.int32), 2)
+  with pytest.raises(NotImplementedError, match="17 picks in tiles of 32"):
+    index_plan.build_plan(jnp.zeros((1, 1, 128, 17), jnp.int32), 2)
+  with pytest.raises(ValueError, match="tile_tokens"):
+    index_plan.PlanConfig(tile_tokens=5)
+  with pytest.raises(ValueError, match="stages"):
+    mosaic_gpu.UnionConfig(blocks_per_step=2, stages=4)
+
+
+@pytest.mark.parametrize("batch,tokens,kv_heads,group,picks,segmented,threshold,programs", [
+  (1, 192, 1, 4, 4, False, 1, 2),
+  (2, 128, 1, 8, 2, True, 1, 132),
+  (1, 128, 1, 16, 2, False, 1, 3),
+])
+def test_union_forward_interpreted(batch, tokens, kv_heads, group, picks, segmented, threshold,
+                                   programs):
+  q, k, v, _, sinks, segments = make_inputs(
+    0, batch, tokens, kv_heads, group, 64, jnp.bfloat16, segmented)
+  indices = random_picks(1, batch, kv_heads, tokens, picks)
+  out, _ = mosaic_gpu.union_forward(
+    q, k, v, gpu.make_plan(indices, group, threshold), scale=0.125, sinks=sinks,
+    segment_ids=segments, config=mosaic_gpu.UnionConfig(programs=programs),
+    interpret=compat.InterpretGPUParams())
+  want = reference.block_sparse_attention(
+    q.astype(jnp.float32), k, v, indices, block_size=64, sinks=sinks, segment_ids=segments,
+    scale=0.125)
+  assert relative(out, want) < RELATIVE["bfloat16"]
+
+
+@pytest.mark.parametrize("group,head_dim,segmented", [
+  (4, 128, False), (8, 64, True), (16, 128, True), (16, 64, False)])
+def test_union_forward_lowers_for_cuda(group, head_dim, segmented):
+  def run(q, k, v, indices, segments):
+    return mosaic_gpu.union_forward(
+      q, k, v, gpu.make_plan(indices, group, 1), scale=0.1,
+      segment_ids=segments if segmented else None)
+
+  array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
+  keys = array((1, 1024, 2, head_dim), jnp.bfloat16)
+  lowered = jax.jit(run).trace(
+    array((1, 1024, 2 * group, head_dim), jnp.bfloat16), keys, keys,
+    array((1, 2, 1024, 16), jnp.int32), array((1, 1024), jnp.int32),
+  ).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("batch,tokens,kv_heads,group,picks,segmented,threshold,partial_bytes", [
+  (2, 100, 1, 3, 3, True, 1000, 1),         # key-major alone, padded T and G, a pass a head
+  (1, 128, 2, 4, 2, False, 6, 6 << 30),     # hot and rare picks
+])
+def test_whole_op_interpreted(on_cpu, monkeypatch, batch, tokens, kv_heads, group, picks,
+                              segmented, threshold, partial_bytes):
+  from pallas_kernels.block_sparse_attention import triton as key_major
+
+  small = key_major.KeyMajorConfig(partial_bytes=partial_bytes)
+  monkeypatch.setattr(key_major, "KeyMajorConfig", lambda: small)
+  q, k, v, dout, sinks, segments = make_inputs(
+    2, batch, tokens, kv_heads, group, 64, jnp.float16, segmented)
+  indices = random_picks(3, batch, kv_heads, tokens, picks)
+  plan = gpu.make_plan(indices, group, threshold)
+  compare(
+    lambda q, k, v, sinks: gpu.block_sparse_attention(
+      q, k, v, indices, sinks=sinks, segment_ids=segments, plan=plan),
+    lambda q, k, v, sinks: reference.block_sparse_attention(
+      q, k, v, indices, block_size=64, sinks=sinks, segment_ids=segments, scale=0.125),
+    (q, k, v, sinks), dout, jnp.float16)
+
+
+@pytest.mark.parametrize("tokens,group,window,segmented", [
+  (192, 4, 100, False), (120, 16, 128, True)])
+def test_sliding_window_interpreted(on_cpu, tokens, group, window, segmented):
+  q, k, v, dout, sinks, segments = make_inputs(4, 1, tokens, 1, group, 64, jnp.float16, segmented)
+  compare(
+    lambda q, k, v, sinks: window_gpu.sliding_window_attention(
+      q, k, v, window=window, sinks=sinks, segment_ids=segments),
+    lambda q, k, v, sinks: window_reference.sliding_window_attention(
+      q, k, v, window=window, sinks=sinks, segment_ids=segments, scale=0.125),
+    (q, k, v, sinks), dout, jnp.float16)
+
+
+@pytest.mark.parametrize("change,named", [
+  (dict(block_size=32), "block_size 32"), (dict(head_dim=96), "H 96"),
+  (dict(dtype=jnp.float32), "q dtype float32"), (dict(group=32), "G=32"),
+  (dict(picks=17), "17 picks"),
+])
+def test_limits_are_named(change, named):
+  sizes = dict(block_size=64, head_dim=64, dtype=jnp.bfloat16, group=4, picks=4) | change
+  array = lambda heads: jnp.zeros((1, 64, heads, sizes["head_dim"]), sizes["dtype"])
+  with pytest.raises(NotImplementedError, match=named):
+    gpu.block_sparse_attention(
+      array(sizes["group"]), array(1), array(1), jnp.zeros((1, 1, 64, sizes["picks"]), jnp.int32),
+      block_size=sizes["block_size"])
+
+
+# tokens, kv_heads, group, head_dim, dtype, threshold
+ON_DEVICE = [
+  (1024, 2, 4, 128, jnp.bfloat16, None), (1024, 2, 4, 128, jnp.bfloat16, 1),
+  (1024, 2, 4, 128, jnp.bfloat16, 1000), (1000, 2, 16, 128, jnp.bfloat16, None),
+  (1024, 2, 16, 64, jnp.float16, 1), (960, 3, 8, 64, jnp.bfloat16, None),
+  (520, 2, 1, 64, jnp.float16, None), (2048, 1, 16, 128, jnp.bfloat16, 1000),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_DEVICE, ids=str)
+@pytest.mark.parametrize("segmented", [False, True])
+def test_on_device(case, segmented):
+  tokens, kv_heads, group, head_dim, dtype, threshold = case
+  scale = head_dim ** -0.5
+
+  @jax.jit
+  def run(q, k, v, sinks, indices, segments):
+    return gpu.block_sparse_attention(
+      q, k, v, indices, sinks=sinks, segment_ids=segments,
+      plan=gpu.make_plan(indices, group, threshold))
+
+  @jax.jit
+  def both(arguments, indices, segments, dout):
+    out, pullback = jax.vjp(lambda *a: run(*a, indices, segments), *arguments)
+    return out, pullback(dout)
+
+  @jax.jit
+  def expected(arguments, indices, segments, dout):
+    arguments = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
+    out, pullback = jax.vjp(lambda q, k, v, sinks: reference.block_sparse_attention(
+      q, k, v, indices, block_size=64, sinks=sinks, segment_ids=segments, scale=scale), *arguments)
+    return out, pullback(dout.astype(jnp.float32))
+
+  for seed in range(12):
+    q, k, v, dout, sinks, segments = make_inputs(
+      seed, 2, tokens, kv_heads, group, head_dim, dtype, segmented)
+    name = ("random", "walk r=1", "walk r=2")[seed % 3]
+    indices = jnp.asarray(np.stack([
+      selections.selection(name, kv_heads, tokens, 5, seed + b) for b in range(2)]))
+    indices = jnp.where((jnp.arange(tokens) % 11 == seed)[:, None], -1, indices)
+    given = (q, k, v, sinks), indices, segments, dout
+    first, second, want = both(*given), both(*given), expected(*given)
+    for got, again, value in zip(*map(jax.tree.leaves, (first, second, want))):
+      assert (got == again).all(), "two runs differ"
+      assert relative(got, value) < 2 * RELATIVE[jnp.dtype(dtype).name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group,head_dim", [(4, 128), (16, 128), (8, 64)])
+def test_hybrid_on_device(group, head_dim):
+  tokens, heads = 1024, 2 * group
+  q, k, v, dout, sinks, segments = make_inputs(7, 2, tokens, 2, group, head_dim, jnp.bfloat16, True)
+  _, k_local, v_local, gates, sinks_local, _ = make_inputs(
+    8, 2, tokens, 2, group, head_dim, jnp.bfloat16, False)
+  gates = jax.nn.sigmoid(gates)
+  indices = jnp.asarray(np.stack([selections.walk(2, tokens, 1.0, 6, seed) for seed in range(2)]))
+  assert gates.shape[2] == heads
+  compare(
+    lambda q, k, v, kl, vl, g, s, sl: hybrid_gpu.hybrid_sparse_attention(
+      q, k, v, indices, kl, vl, g, 1 - g, sinks_sparse=s, sinks_local=sl, segment_ids=segments),
+    lambda q, k, v, kl, vl, g, s, sl: hybrid_reference.hybrid_sparse_attention(
+      q, k, v, indices, kl, vl, g, 1 - g, sinks_sparse=s, sinks_local=sl, block_size=64,
+      window=128, segment_ids=segments, scale=head_dim ** -0.5),
+    (q, k, v, k_local, v_local, gates, sinks, sinks_local), dout, jnp.bfloat16)
