@@ -10,6 +10,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hysparse_jax.errors import UserError
+
 # Dense bf16 FLOP/s per device by `jax.Device.device_kind`, from the vendors' datasheets.
 PEAK_FLOPS = {
   "NVIDIA H100 80GB HBM3": 989e12,
@@ -40,7 +42,11 @@ class MetricsLog:
     self._file = self._path.open("a")
     self._board = None
     if tensorboard:
-      from tensorboardX import SummaryWriter  # optional: only where asked for
+      try:
+        from tensorboardX import SummaryWriter  # optional: only where asked for
+      except ImportError as error:
+        raise UserError("train.tensorboard=True needs tensorboardX, which is not installed; "
+                        "pip install tensorboardX, or set it to False") from error
       self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"))
 
   def write(self, step: int, **values):

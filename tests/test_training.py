@@ -18,6 +18,7 @@ from absl import flags
 from experiments import cli, evaluate, generate, train
 from hysparse_jax import metrics
 from hysparse_jax.checkpoint import Checkpoints
+from hysparse_jax.errors import UserError
 from tests.test_configs import REPO
 
 # tiny_moe, packed, smaller: two groups of layers, 12 steps, a checkpoint every 3.
@@ -268,3 +269,9 @@ def test_metrics_forget_what_came_after_the_step_resumed_from(tmp_path):
   assert [(row["step"], row["loss"]) for row in metrics.read(tmp_path)] == [
     (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
   assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_tensorboard_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(UserError, match="needs tensorboardX, which is not installed"):
+    metrics.MetricsLog(tmp_path, resume_step=0, tensorboard=True)
