@@ -2,8 +2,8 @@
 
 Keys go through in chunks whose K, V, dK and dV stay in VMEM while every query tile that sees the
 chunk comes by once; inside a grid step the key tiles of the chunk are a loop with exact bounds. dQ
-of a tile is complete after one chunk if there is only one; with more it is a float32 array in
-HBM that each chunk's call reads, adds to and writes in place. So memory is linear in T.
+of a tile is complete after one chunk if there is only one; with more it is a float32 array in HBM
+that each chunk's call reads, adds to and writes in place. So memory is linear in T.
 
 Scores are transposed as in the forward pass; a TPU core runs its grid in order, so every sum has one
 order and the result is the same bits every time.
@@ -212,7 +212,9 @@ def _kernel(first_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_
     lax.fori_loop(whole, stop, lambda j, _: attend(j, True), 0)
     for g in range(tiles.heads):
       dq = (dq_s[g] * scale).T
-      dq_ref[0, :, lanes(g)] = ((dq_in_ref[0, :, lanes(g)] + dq) if add else dq).astype(dq_ref.dtype)
+      if add:
+        dq += dq_in_ref[0, :, lanes(g)]
+      dq_ref[0, :, lanes(g)] = dq.astype(dq_ref.dtype)
 
   @pl.when((part == pl.num_programs(1) - 1) & (step == pl.num_programs(2) - 1))
   def _():

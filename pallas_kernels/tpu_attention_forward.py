@@ -1,12 +1,12 @@
 """Causal or windowed attention on TPU, forward; beside it the best key blocks of every query.
 
-The scores are computed transposed: keys down the sublanes, queries along the lanes. Row maxima, row
-sums and block maxima are then elementwise operations on vector registers, the logarithm of the sum
-is a plain row, and blocks are picked for 128 queries at once. The block maxima of a query tile
+Scores are computed transposed: keys down the sublanes, queries along the lanes. Row maxima, row
+sums and block maxima are then elementwise operations on vector registers, the logarithm of the
+sum is a plain row, and blocks are picked for 128 queries at once. The block maxima of a query tile
 stay in VMEM until the last key; no score ever reaches HBM.
 
-q, k, v and out keep their [B,T,heads,H] order: a tile of a head is a slice of lanes. Logits are kept
-in units of log 2. Grid: (row and KV head, query tile, heads of the group, key tile), keys innermost.
+q, k, v and out keep their [B,T,heads,H] order: a tile of a head is a slice of lanes. Logits are in
+units of log 2. Grid: (row and KV head, query tile, part of the group, key tile), keys innermost.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ from pallas_kernels import tpu, tpu_block_picks
 from pallas_kernels.tpu_block_picks import HIDDEN, LOWEST
 
 LOG2E = math.log2(math.e)
-MAXIMA_BYTES = 18 << 20        # of VMEM for block maxima; v5p's 64 MiB also hold the tiles twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +240,12 @@ def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, num_kv_
       max_s[g] = jnp.full(max_s.shape[1:], sinks_ref[head + g] * LOG2E)
 
   def attend(masked):
+    unroll = tiles.unroll and not masked
+    k_once, v_once = (k_ref[0], v_ref[0]) if unroll else (None, None)
+
     def head(g, _):
-      k, v = k_ref[0], v_ref[0]        # in the loop: loaded before it they would be spilled
+      # Side by side, heads share one transpose of v; in a loop, a value from before it is spilled.
+      k, v = (k_once, v_once) if unroll else (k_ref[0], v_ref[0])
       s = dot(k, q_ref[0, :, lanes(g)], (1, 1)) * (scale * LOG2E)         # [keys, queries]
       if masked:
         segments = (query_segments_ref[0], key_segments_ref[0]) if segmented else (None, None)
@@ -262,7 +265,7 @@ def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, num_kv_
       acc_s[g] = acc_s[g] * shrink + dot(v, p.astype(v.dtype), (0, 0))    # [H, queries]
       return 0
 
-    lax.fori_loop(0, tiles.heads, head, 0, unroll=tiles.unroll and not masked)
+    lax.fori_loop(0, tiles.heads, head, 0, unroll=unroll)
 
   if segmented or window is not None:
     pl.when(j <= last)(lambda: attend(True))

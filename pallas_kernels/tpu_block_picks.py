@@ -6,7 +6,6 @@ sublane; each sublane keeps its own best score and where it was, a strict `>` ke
 and only at the end of a sweep are the eight merged. Scores are compared as they are, in float32.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -58,13 +57,15 @@ def pick(score_ref, picked_ref, first, last):
   def one(p, struck):
     def chunk(c, carry):
       best, where = carry
-      for i in range(ROWS // 8):
-        row = c * (ROWS // 8) + i
-        rows = pl.ds(pl.multiple_of(c * ROWS + 8 * i, 8), 8)
-        score = jnp.where(struck == row, HIDDEN, score_ref[rows, :])
-        score_ref[rows, :] = score
+      rows = pl.ds(pl.multiple_of(c * ROWS, ROWS), ROWS)
+      eights = [c * (ROWS // 8) + i for i in range(ROWS // 8)]
+      scores = score_ref[rows, :]
+      scores = [jnp.where(struck == eight, HIDDEN, scores[8 * i:8 * i + 8])
+                for i, eight in enumerate(eights)]
+      score_ref[rows, :] = jnp.concatenate(scores)
+      for eight, score in zip(eights, scores):
         better = score > best
-        best, where = jnp.where(better, score, best), jnp.where(better, row, where)
+        best, where = jnp.where(better, score, best), jnp.where(better, eight, where)
       return best, where
 
     start = jnp.full((8, tile), LOWEST), jnp.full((8, tile), NONE, jnp.int32)
