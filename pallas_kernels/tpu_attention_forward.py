@@ -128,6 +128,10 @@ def _first_of_segments(segment_ids, tile):
   return first.reshape(batch, -1, tile).min(axis=2).astype(jnp.int32)
 
 
+# jit, because a pallas_call by itself is never dropped when its results are not used, which under
+# jax.checkpoint would run the forward kernel again in the backward pass.
+@functools.partial(jax.jit, static_argnames=(
+  "scale", "tiles", "window", "block_size", "num_blocks", "interpret"))
 def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None, block_size=64,
             num_blocks=0, interpret=False):
   """Attention of whole tiles.

@@ -30,8 +30,14 @@ def value_and_grads(op, inputs, cotangent):
 
 
 def assert_like_reference(got, want, dtype, grad=False):
-  """Elementwise for float32; for bfloat16, whose weights are rounded too, in the Euclidean norm."""
-  assert got.dtype == dtype and got.shape == want.shape
+  """Elementwise for float32; in the Euclidean norm where q, k, v, and so the weights, are bfloat16.
+
+  Args:
+    got: result or gradient of the kernel; want: of the reference in float32.
+    dtype: of q, k and v.
+    grad: whether it is a gradient.
+  """
+  assert got.shape == want.shape
   if dtype == "float32":
     assert_close(got, want, "attention_grad_f32" if grad else "attention_f32")
     return
