@@ -9,14 +9,19 @@ def _mosaic_gpu(*args, **options):
   return gpu.block_sparse_attention(*args, **options)
 
 
+def _mosaic_tpu(*args, **options):
+  from pallas_kernels.block_sparse_attention import mosaic_tpu
+  return mosaic_tpu.block_sparse_attention(*args, **options)
+
+
 def _triton(*args, **options):
   from pallas_kernels.block_sparse_attention import gpu
   return gpu.block_sparse_attention(*args, hot_threshold=1000, **options)
 
 
 _AVAILABLE = {"reference": reference.block_sparse_attention, "mosaic_gpu": _mosaic_gpu,
-              "triton": _triton}
-_BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+              "mosaic_tpu": _mosaic_tpu, "triton": _triton}
+_BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "mosaic_tpu"}
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
@@ -37,7 +42,7 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
       nothing (output 0) and is seen by nobody.
     scale: of the logits; None is 1/sqrt(H).
     implementation: "reference", "mosaic_gpu" (NVIDIA Hopper; its backward is Triton's), "triton"
-      (Triton alone), or None to pick by platform.
+      (Triton alone), "mosaic_tpu", or None to pick by platform.
 
   Returns:
     out [B,T,N,E] in q's dtype; 0 where a query sees no key. No gradient reaches block_indices.

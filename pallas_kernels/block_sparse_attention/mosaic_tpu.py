@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import tpu
 from pallas_kernels.block_sparse_attention import mosaic_tpu_backward, mosaic_tpu_forward, tpu_plan
@@ -23,6 +24,7 @@ from pallas_kernels.block_sparse_attention.mosaic_tpu_schedule import LOG2E, Loo
 make_plan = tpu_plan.make_plan
 
 _COMPILER_BYTES = 6 << 20      # of VMEM: spilled registers and the compiler's own scratch
+_STATE_BYTES = 2 << 30         # of HBM that launches over segments of the keys hand on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +52,14 @@ def check_support(op, arrays, block_size):
   q = arrays["q"]
   wanted = [("q dtype", jnp.dtype(q.dtype).name, ("bfloat16", "float32"))]
   wanted += [(f"{name} dtype", x.dtype, (q.dtype,)) for name, x in arrays.items()]
-  wanted += [(f"{name} head dim", x.shape[-1], (64, 128, 256)) for name, x in arrays.items()]
   for name, value, allowed in wanted:
     if value not in allowed:
       raise NotImplementedError(
         f"{op} on TPU: got {name} {value}, want {' or '.join(map(str, allowed))}")
+  for name, x in arrays.items():
+    if x.shape[-1] > 256:
+      raise NotImplementedError(
+        f"{op} on TPU: got {name} head dim {x.shape[-1]}, want at most 256")
   rows = 8 if q.dtype == jnp.float32 else 16
   if block_size % rows:
     raise NotImplementedError(
@@ -139,17 +144,17 @@ class Layout:
     sinks = sinks.reshape(-1, self.group[0]) * LOG2E
     return jnp.pad(sinks, ((0, 0), (0, self.group[1] - self.group[0])))
 
-  def to_tokens(self, x):
+  def to_tokens(self, x, width):
     """The inverse of `rows`."""
-    return schedule.from_rows(x, self.batch, self.group, self.tokens)
+    return schedule.from_rows(x, self.batch, self.group, self.tokens, width)
 
   def to_numbers(self, x):
     """The inverse of `lanes`."""
     return schedule.from_lanes(x, self.batch, self.group, self.tokens)
 
-  def to_keys(self, x):
+  def to_keys(self, x, width):
     """The inverse of `keys`."""
-    return schedule.from_rows(x, self.batch, (1, 1), self.tokens)
+    return schedule.from_rows(x, self.batch, (1, 1), self.tokens, width)
 
 
 def run_forward(op, q, k, v, sinks, segment_ids, plan, scale, options):
@@ -159,12 +164,47 @@ def run_forward(op, q, k, v, sinks, segment_ids, plan, scale, options):
     layout.queries(q, scale), layout.keys(k), layout.keys(v), plan, layout.config,
     segment_blocks=layout.segment_blocks, sinks=layout.sinks(sinks), segment_ids=segment_ids,
     interpret=options.interpret, vmem_limit=options.vmem_bytes or tpu.vmem_limit())
-  return layout.to_tokens(results["out"]), layout.to_numbers(results["lse"])
+  return layout.to_tokens(results["out"], v.shape[-1]), layout.to_numbers(results["lse"])
 
 
 def run_backward(op, q, k, v, sinks, segment_ids, plan, out, lse, dout, scale, options):
-  """-> gradients by q, k, v in their dtypes, and by sinks f32 [N] or None."""
+  """-> gradients by q, k, v in their dtypes, and by sinks f32 [N] or None.
+
+  With several segments of the keys, the queries' gradient is handed from launch to launch in
+  float32; the KV heads then go a few at a time, so that it stays below `_STATE_BYTES`.
+  """
   layout = Layout(op, plan, options.backward, options, q, k, v, segment_ids, backward=True)
+  together, kv_heads = k.shape[2], k.shape[2]
+  if layout.key_tokens > layout.segment_blocks * plan.block_size:
+    per_head = 4 * layout.batch * layout.padded * plan.group * schedule.padded_width(q.shape[-1])
+    together = max(n for n in range(1, kv_heads + 1)
+                   if kv_heads % n == 0 and n * per_head <= max(_STATE_BYTES, per_head))
+  if together == kv_heads:
+    return _backward(layout, q, k, v, sinks, segment_ids, plan, out, lse, dout, scale, options)
+  group = layout.group[0]
+
+  def part(number):
+    def heads(x, axis, per_kv_head):
+      if x is None:
+        return None
+      width = together * per_kv_head
+      return lax.dynamic_slice_in_dim(x, number * width, width, axis)
+
+    some = dataclasses.replace(
+      plan, **{name: heads(getattr(plan, name), 1, 1) for name in ("blocks", "words", "counts")})
+    return _backward(
+      layout, heads(q, 2, group), heads(k, 2, 1), heads(v, 2, 1), heads(sinks, 0, group),
+      segment_ids, some, heads(out, 2, group), heads(lse, 2, group), heads(dout, 2, group), scale,
+      options)
+
+  def joined(x):                                     # [parts,B,T,n,D] -> [B,T,parts*n,D]
+    return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1])
+
+  dq, dk, dv, dsinks = lax.map(part, jnp.arange(kv_heads // together))
+  return joined(dq), joined(dk), joined(dv), None if dsinks is None else dsinks.reshape(-1)
+
+
+def _backward(layout, q, k, v, sinks, segment_ids, plan, out, lse, dout, scale, options):
   delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
   dq, dk, dv = mosaic_tpu_backward.backward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), layout.rows(dout.astype(q.dtype)),
@@ -175,7 +215,8 @@ def run_backward(op, q, k, v, sinks, segment_ids, plan, out, lse, dout, scale, o
   dsinks = None
   if sinks is not None:
     dsinks = -(jnp.exp2(sinks * LOG2E - lse) * delta).sum((0, 1))
-  return layout.to_tokens(dq), layout.to_keys(dk), layout.to_keys(dv), dsinks
+  return (layout.to_tokens(dq, q.shape[-1]), layout.to_keys(dk, k.shape[-1]),
+          layout.to_keys(dv, v.shape[-1]), dsinks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -207,8 +248,8 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
   share its cost; made here without one.
 
   Raises:
-    NotImplementedError: dtypes other than bfloat16 and float32, head dims other than 64, 128 and
-      256, G over 128, a block_size that is no multiple of 16 (float32: 8).
+    NotImplementedError: dtypes other than bfloat16 and float32, head dims over 256, G over 128, a
+      block_size that is no multiple of 16 (float32: 8).
   """
   op = "block_sparse_attention"
   check_support(op, {"q": q, "k": k, "v": v}, block_size)

@@ -13,6 +13,8 @@ beyond VMEM come in segments, one launch each, which hand on the three: the soft
 it stopped, so the result is that of one pass.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -84,7 +86,9 @@ def _finish(refs, walk, epilogue):
       getattr(refs, name + "_out")[0, 0] = getattr(refs, name)[:tiles]
     return
 
-  @pl.loop(0, tiles)
+  together = 1 if epilogue is None else math.gcd(tiles, epilogue.together)
+
+  @pl.loop(0, tiles, unroll=together)
   def _(tile):
     out, lse = normalized(refs.acc[tile], refs.top[tile], refs.total[tile])
     refs.lse[0, 0, pl.ds(tile, 1), :] = lse

@@ -196,33 +196,39 @@ def dot(a, b, contract, dtype):
     preferred_element_type=jnp.float32)
 
 
+def padded_width(width):
+  """The head dim that the kernels run with: 64, or whole lanes."""
+  return 64 if width <= 64 else -(-width // 128) * 128
+
+
 def to_rows(x, group, tokens):
-  """[B,T,N,D] -> [B*K, tokens * G', D]: tokens-major rows of each KV head, zeros in the padding.
+  """[B,T,N,D] -> [B*K, tokens * G', D']: tokens-major rows of each KV head, zeros in the padding.
 
   group: (G, G'), query heads to a KV head and what they are padded to.
   """
   b, t, n, d = x.shape
   x = x.reshape(b, t, n // group[0], group[0], d)
-  x = jnp.pad(x, ((0, 0), (0, tokens - t), (0, 0), (0, group[1] - group[0]), (0, 0)))
-  return x.transpose(0, 2, 1, 3, 4).reshape(-1, tokens * group[1], d)
+  width = padded_width(d) if d > 1 else d
+  x = jnp.pad(x, ((0, 0), (0, tokens - t), (0, 0), (0, group[1] - group[0]), (0, width - d)))
+  return x.transpose(0, 2, 1, 3, 4).reshape(-1, tokens * group[1], width)
 
 
-def from_rows(x, batch, group, tokens):
-  """The inverse of `to_rows`: [B*K, T' * G', D] -> [B,tokens,N,D]."""
-  kv_heads, d = x.shape[0] // batch, x.shape[-1]
-  x = x.reshape(batch, kv_heads, -1, group[1], d)[:, :, :tokens, :group[0]]
-  return x.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, kv_heads * group[0], d)
+def from_rows(x, batch, group, tokens, width):
+  """The inverse of `to_rows`: [B*K, T' * G', D'] -> [B,tokens,N,width]."""
+  kv_heads = x.shape[0] // batch
+  x = x.reshape(batch, kv_heads, -1, group[1], x.shape[-1])[:, :, :tokens, :group[0], :width]
+  return x.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, kv_heads * group[0], width)
 
 
 def to_lanes(x, group, tokens, config, sizes):
   """f32 or i32 [B,T,N] -> [B*K, C, tiles, R]: one number for each row of each tile."""
-  rows = to_rows(x[..., None], group, tokens)
+  rows = to_rows(x[..., None], group, tokens)      # a width of 1 stays 1
   return rows.reshape(rows.shape[0], -1, config.tiles_per_program, sizes.rows)
 
 
 def from_lanes(x, batch, group, tokens):
   """The inverse of `to_lanes`: -> [B,tokens,N]."""
-  return from_rows(x.reshape(x.shape[0], -1, 1), batch, group, tokens)[..., 0]
+  return from_rows(x.reshape(x.shape[0], -1, 1), batch, group, tokens, 1)[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
