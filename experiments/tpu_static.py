@@ -64,7 +64,7 @@ def spans(directory, kernel, minimum=1):
   names = lines[1].split(", ")
   slots = [int(x) for x in lines[2].split()]
   used = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
-  found, last, depth = [], 0, 0
+  found, last, depth = [], 0, 1
   with open(find("final_bundles.txt")) as file:
     for line in file:
       match = _LINE.match(line)
@@ -79,7 +79,7 @@ def spans(directory, kernel, minimum=1):
             last, address - last, depth, dict(zip(names, total)),
             {n: t / (s * (address - last)) for n, t, s in zip(names, total, slots)}))
         last = address
-      depth = len(match.group(3))
+      depth = max(len(match.group(3)), 1)
   return found
 
 

@@ -82,13 +82,17 @@ def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=No
   return ForwardTiles(queries=queries, keys=keys, heads=heads)
 
 
-def backward_tiles(tokens, group, head_dim, window=None):
-  """`BackwardTiles` for T tokens: a few chunks of equal size."""
+def backward_tiles(tokens, group, head_dim, dtype, window=None):
+  """`BackwardTiles` for T tokens of the largest head dim: a few chunks of equal size."""
   heads = largest_divisor(group, LARGEST_BACKWARD.heads)
   size = min(LARGEST_BACKWARD.queries, round_up(tokens, 128))
   if window is not None:
     size = min(size, max(256, round_up(window, 128)))
+  # A chunk of 8192 keys of 128 bfloat16 takes 25 MB: K, V, dK, dV twice, and float32 sums.
   largest = LARGEST_BACKWARD.chunk // (round_up(head_dim, 128) // 128)
+  if jnp.dtype(dtype) == jnp.float32:
+    largest //= 2
+  largest = max(largest, size)
   chunk = round_up(-(-tokens // -(-tokens // largest)), size)
   return BackwardTiles(queries=size, keys=size, chunk=chunk, heads=heads)
 

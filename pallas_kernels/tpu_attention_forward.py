@@ -92,7 +92,10 @@ def key_tile_range(query_tile, first, tiles):
 
 
 def first_key_tiles(batch, tokens, tiles, window, segment_ids):
-  """i32 [B, query tiles]: the first key tile with a key that some query of the tile may see.
+  """i32 [B, query tiles]: a key tile before which no query of the tile may see any key.
+
+  With segments: the first whose range of segment numbers meets that of the queries. For documents
+  numbered in order, as packing makes them, no earlier bound is possible; for others it is safe.
 
   Args:
     batch: B.
@@ -103,29 +106,19 @@ def first_key_tiles(batch, tokens, tiles, window, segment_ids):
   """
   starts = jnp.arange(tokens // tiles.queries, dtype=jnp.int32) * tiles.queries
   reach = jnp.zeros_like(starts) if window is None else jnp.maximum(starts - (window - 1), 0)
-  first = jnp.broadcast_to(reach, (batch, len(starts)))
-  if segment_ids is not None:
-    first = jnp.maximum(first, _first_of_segments(segment_ids, tiles.queries))
-  return first // tiles.keys
-
-
-def _first_of_segments(segment_ids, tile):
-  """i32 [B, T/tile]: the first token that shares a segment with a token of the tile.
-
-  Segments may come back, so the order is by id: within one id, tokens stay in order.
-  """
-  batch, tokens = segment_ids.shape
-  order = jnp.argsort(segment_ids, axis=1, stable=True)
-  ids = jnp.take_along_axis(segment_ids, order, axis=1)
-  new = jnp.concatenate([jnp.ones((batch, 1), bool), ids[:, 1:] != ids[:, :-1]], axis=1)
-  # The first token of a segment is the smallest; carry its place in `order` along the segment.
-  place = lax.cummax(jnp.where(new, jnp.arange(tokens), 0), axis=1)
-  first_sorted = jnp.take_along_axis(order, place, axis=1)
-  inverse = jnp.argsort(order, axis=1)
-  first = jnp.take_along_axis(first_sorted, inverse, axis=1)
-  own = jnp.arange(tokens)
-  first = jnp.where(segment_ids == 0, own, first)        # padding sees nothing
-  return first.reshape(batch, -1, tile).min(axis=2).astype(jnp.int32)
+  first = jnp.broadcast_to(reach // tiles.keys, (batch, len(starts)))
+  if segment_ids is None:
+    return first
+  padding = segment_ids == 0             # sees nothing and is seen by nobody
+  limits = jnp.iinfo(jnp.int32)
+  split = lambda x, size: x.reshape(batch, -1, size)
+  lowest = lambda size: split(jnp.where(padding, limits.max, segment_ids), size).min(axis=2)
+  highest = lambda size: split(jnp.where(padding, limits.min, segment_ids), size).max(axis=2)
+  meet = ((lowest(tiles.keys)[:, None] <= highest(tiles.queries)[:, :, None])
+          & (lowest(tiles.queries)[:, :, None] <= highest(tiles.keys)[:, None]))
+  own = starts // tiles.keys             # also where nothing meets: there is always one to visit
+  met = jnp.where(meet.any(axis=2), meet.argmax(axis=2).astype(jnp.int32), own)
+  return jnp.maximum(first, jnp.minimum(met, own))
 
 
 # jit, because a pallas_call by itself is never dropped when its results are not used, which under

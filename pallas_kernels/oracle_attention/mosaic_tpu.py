@@ -65,7 +65,8 @@ def _attend_fwd(q, k, v, segment_ids, block_size, num_blocks, scale, interpret):
 
 def _attend_bwd(block_size, num_blocks, scale, interpret, residuals, grads):
   q, k, v, segment_ids, out, lse = residuals
-  tiles = tpu_attention.backward_tiles(q.shape[1], q.shape[2] // k.shape[2], q.shape[3])
+  tiles = tpu_attention.backward_tiles(
+    q.shape[1], q.shape[2] // k.shape[2], max(q.shape[3], v.shape[3]), q.dtype)
   *dqkv, _ = tpu_attention.backward(
     q, k, v, segment_ids, None, out, lse, grads[0], tiles=tiles, scale=scale, interpret=interpret)
   return (*dqkv, None)

@@ -51,7 +51,7 @@ def _attend_fwd(q, k, v, segment_ids, sinks, window, scale, interpret):
 def _attend_bwd(window, scale, interpret, residuals, grad_out):
   q, k, v, segment_ids, sinks, out, lse = residuals
   tiles = tpu_attention.backward_tiles(
-    q.shape[1], q.shape[2] // k.shape[2], q.shape[3], window=window)
+    q.shape[1], q.shape[2] // k.shape[2], max(q.shape[3], v.shape[3]), q.dtype, window=window)
   dq, dk, dv, dsinks = tpu_attention.backward(
     q, k, v, segment_ids, sinks, out, lse, grad_out, tiles=tiles, scale=scale, window=window,
     interpret=interpret)
