@@ -24,7 +24,8 @@ from pallas_kernels.block_sparse_attention.mosaic_tpu_schedule import LOG2E, Loo
 make_plan = tpu_plan.make_plan
 
 _COMPILER_BYTES = 6 << 20      # of VMEM: spilled registers and the compiler's own scratch
-_STATE_BYTES = 2 << 30         # of HBM that launches over segments of the keys hand on
+_PART_BYTES = 1 << 30          # of q that a backward pass works on at a time
+_OP = "block_sparse_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,56 +168,71 @@ def run_forward(op, q, k, v, sinks, segment_ids, plan, scale, options):
   return layout.to_tokens(results["out"], v.shape[-1]), layout.to_numbers(results["lse"])
 
 
-def run_backward(op, q, k, v, sinks, segment_ids, plan, out, lse, dout, scale, options):
-  """-> gradients by q, k, v in their dtypes, and by sinks f32 [N] or None.
+def by_heads(fn, inputs, axes):
+  """fn(inputs) -> {name: [B,T,n,D] or [n] or None}, a part of the KV heads at a time if q is large.
 
-  With several segments of the keys, the queries' gradient is handed from launch to launch in
-  float32; the KV heads then go a few at a time, so that it stays below `_STATE_BYTES`.
+  A backward pass holds some ten arrays of q's size, float32 ones among them; past `_PART_BYTES`
+  of q the KV heads therefore go through in equal parts, one after the other.
+
+  Args:
+    inputs: {name: array or None}, with "q" and "k".
+    axes: {name: the axis of heads}; an array without one is given whole.
   """
-  layout = Layout(op, plan, options.backward, options, q, k, v, segment_ids, backward=True)
-  together, kv_heads = k.shape[2], k.shape[2]
-  if layout.key_tokens > layout.segment_blocks * plan.block_size:
-    per_head = 4 * layout.batch * layout.padded * plan.group * schedule.padded_width(q.shape[-1])
-    together = max(n for n in range(1, kv_heads + 1)
-                   if kv_heads % n == 0 and n * per_head <= max(_STATE_BYTES, per_head))
-  if together == kv_heads:
-    return _backward(layout, q, k, v, sinks, segment_ids, plan, out, lse, dout, scale, options)
-  group = layout.group[0]
+  q, kv_heads = inputs["q"], inputs["k"].shape[2]
+  parts = min(n for n in range(1, kv_heads + 1)
+              if kv_heads % n == 0 and (q.size * q.dtype.itemsize <= n * _PART_BYTES
+                                        or n == kv_heads))
+  if parts == 1:
+    return fn(inputs)
 
   def part(number):
-    def heads(x, axis, per_kv_head):
-      if x is None:
-        return None
-      width = together * per_kv_head
-      return lax.dynamic_slice_in_dim(x, number * width, width, axis)
-
-    some = dataclasses.replace(
-      plan, **{name: heads(getattr(plan, name), 1, 1) for name in ("blocks", "words", "counts")})
-    return _backward(
-      layout, heads(q, 2, group), heads(k, 2, 1), heads(v, 2, 1), heads(sinks, 0, group),
-      segment_ids, some, heads(out, 2, group), heads(lse, 2, group), heads(dout, 2, group), scale,
-      options)
+    def some(name, x):
+      if x is None or name not in axes:
+        return x
+      width = x.shape[axes[name]] // parts
+      return lax.dynamic_slice_in_dim(x, number * width, width, axes[name])
+    return fn({name: some(name, x) for name, x in inputs.items()})
 
   def joined(x):                                     # [parts,B,T,n,D] -> [B,T,parts*n,D]
-    return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1])
+    return x.reshape(-1) if x.ndim == 2 else jnp.moveaxis(x, 0, 2).reshape(
+      *x.shape[1:3], -1, x.shape[-1])
 
-  dq, dk, dv, dsinks = lax.map(part, jnp.arange(kv_heads // together))
-  return joined(dq), joined(dk), joined(dv), None if dsinks is None else dsinks.reshape(-1)
+  return jax.tree.map(joined, lax.map(part, jnp.arange(parts)))
 
 
-def _backward(layout, q, k, v, sinks, segment_ids, plan, out, lse, dout, scale, options):
-  delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
+PLAN_AXES = {"blocks": 1, "words": 1, "counts": 1}
+
+
+def plan_arrays(plan):
+  """{name: array} of a plan, for `by_heads`."""
+  return {name: getattr(plan, name) for name in PLAN_AXES}
+
+
+def plan_of(plan, inputs):
+  """The plan with the arrays that `by_heads` handed on."""
+  return dataclasses.replace(plan, **{name: inputs[name] for name in PLAN_AXES})
+
+
+def run_backward(op, inputs, plan, scale, options):
+  """-> {"q", "k", "v": gradients in their dtypes, "sinks": f32 [N] or None}.
+
+  inputs: {"q", "k", "v", "sinks", "segment_ids", "out", "lse", "dout"}; lse f32 [B,T,N] in log2.
+  """
+  q, k, v, sinks, dout, lse = (inputs[n] for n in ("q", "k", "v", "sinks", "dout", "lse"))
+  segment_ids = inputs["segment_ids"]
+  layout = Layout(op, plan, options.backward, options, q, k, v, segment_ids, backward=True)
+  delta = (inputs["out"].astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
   dq, dk, dv = mosaic_tpu_backward.backward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), layout.rows(dout.astype(q.dtype)),
     layout.lanes(lse), layout.lanes(delta), plan, layout.config, scale=scale,
     segment_blocks=layout.segment_blocks, segment_ids=segment_ids, interpret=options.interpret,
     vmem_limit=options.vmem_bytes or tpu.vmem_limit())
-  dk, dv = (dk / LOG2E).astype(k.dtype), dv.astype(v.dtype)
   dsinks = None
   if sinks is not None:
     dsinks = -(jnp.exp2(sinks * LOG2E - lse) * delta).sum((0, 1))
-  return (layout.to_tokens(dq, q.shape[-1]), layout.to_keys(dk, k.shape[-1]),
-          layout.to_keys(dv, v.shape[-1]), dsinks)
+  return {"q": layout.to_tokens(dq, q.shape[-1]),
+          "k": layout.to_keys((dk / LOG2E).astype(k.dtype), k.shape[-1]),
+          "v": layout.to_keys(dv.astype(v.dtype), v.shape[-1]), "sinks": dsinks}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -226,15 +242,18 @@ def _attention(q, k, v, sinks, segment_ids, plan, scale, options):
 
 def _attention_fwd(q, k, v, sinks, segment_ids, plan, scale, options):
   out, lse = run_forward(
-    "block_sparse_attention", q, k, v, sinks, segment_ids, plan, scale, options)
+    _OP, q, k, v, sinks, segment_ids, plan, scale, options)
   return out, (q, k, v, sinks, segment_ids, plan, out, lse)
 
 
 def _attention_bwd(scale, options, saved, dout):
   q, k, v, sinks, segment_ids, plan, out, lse = saved
-  gradients = run_backward("block_sparse_attention", q, k, v, sinks, segment_ids, plan, out, lse,
-                           dout, scale, options)
-  return *gradients, None, None
+  axes = {"q": 2, "k": 2, "v": 2, "sinks": 0, "out": 2, "lse": 2, "dout": 2} | PLAN_AXES
+  inputs = dict(zip(("q", "k", "v", "sinks", "segment_ids", "out", "lse", "dout"),
+                    (q, k, v, sinks, segment_ids, out, lse, dout))) | plan_arrays(plan)
+  found = by_heads(
+    lambda some: run_backward(_OP, some, plan_of(plan, some), scale, options), inputs, axes)
+  return found["q"], found["k"], found["v"], found["sinks"], None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -251,8 +270,7 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
     NotImplementedError: dtypes other than bfloat16 and float32, head dims over 256, G over 128, a
       block_size that is no multiple of 16 (float32: 8).
   """
-  op = "block_sparse_attention"
-  check_support(op, {"q": q, "k": k, "v": v}, block_size)
+  check_support(_OP, {"q": q, "k": k, "v": v}, block_size)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  plan = pick_plan(op, plan, block_indices, q.shape[2] // k.shape[2], block_size)
+  plan = pick_plan(_OP, plan, block_indices, q.shape[2] // k.shape[2], block_size)
   return _attention(q, k, v, sinks, segment_ids, plan, float(scale), options or Options())

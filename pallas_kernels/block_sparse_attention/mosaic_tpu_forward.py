@@ -70,7 +70,10 @@ def _start(refs, walk):
 
 
 def normalized(acc, top, total):
-  """(acc [E,R] over its sum, log2-sum-exp [1,R]) of running maximum and sum [8,R]; 0, EMPTY if 0."""
+  """(acc [E,R] over its sum, log2-sum-exp [1,R]) of running maximum and sum [8,R].
+
+  A row that saw nothing has 0 and EMPTY.
+  """
   total = total.sum(0, keepdims=True)
   seen = total > 0
   total = jnp.where(seen, total, 1.0)
@@ -153,7 +156,7 @@ def forward(q, k, v, plan, config, *, segment_blocks, sinks=None, segment_ids=No
     epilogue's outputs with lse.
   """
   heads, key_tokens, width = v.shape
-  tiles = config.tiles_per_program
+  kv_heads, tiles = plan.counts.shape[1], config.tiles_per_program
   programs = -(-plan.counts.shape[-1] // tiles)
   launches = key_tokens // (segment_blocks * plan.block_size)
   state = None
@@ -167,14 +170,13 @@ def forward(q, k, v, plan, config, *, segment_blocks, sinks=None, segment_ids=No
       "v": (v, schedule.resident(sizes.key_rows, width, segment)),
     }
     operands |= schedule.segment_operands(
-      segment_ids, config, sizes, plan.counts.shape[1], q.shape[1] // sizes.group, key_tokens)
+      segment_ids, config, sizes, kv_heads, q.shape[1] // sizes.group, key_tokens)
     shapes = {"acc": (width, rows), "top": (8, rows), "total": (8, rows)}
     specs = _state_specs(tiles, shapes)
     if state is not None:
       operands |= {f"{name}_in": (state[f"{name}_out"], specs[name]) for name in STATE}
     elif sinks is not None:
       lanes = jnp.tile(sinks, (1, sizes.tile_tokens))[:, None]
-      kv_heads = sinks.shape[0]
       operands["sinks"] = lanes, pl.BlockSpec((1, 1, rows), lambda h, c: (h % kv_heads, 0, 0))
     last = segment == launches - 1
     scratch = {"scores": pltpu.VMEM(

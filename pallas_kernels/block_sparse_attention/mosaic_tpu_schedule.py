@@ -1,9 +1,9 @@
 """How the TPU kernels walk the lists of many tiles in one loop, and the layouts they share.
 
-A program owns `tiles_per_program` tiles of one KV head. Its loop runs over *steps*, `blocks_per_step`
-listed blocks of one tile, `steps_per_body` of them to a loop body, whatever tiles they belong to:
-the schedule never drains at the end of a tile, and a list is padded to a step only. The matrix
-units' pipeline drains once a body (some 150 bundles), which is why bodies are long.
+A program owns `tiles_per_program` tiles of one KV head. Its loop runs over *steps*: up to
+`blocks_per_step` listed blocks of one tile. `steps_per_body` steps make a loop body, whatever tiles
+they belong to: the schedule never drains at the end of a tile, and a list is padded to a step only.
+The matrix units drain once a body (some 150 bundles), which is why bodies are long.
 """
 
 import dataclasses

@@ -42,7 +42,8 @@ def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_loc
     window: tokens of the local branch, the query's own included.
     segment_ids: i32 [B,T] or None; 0 is padding, see `block_sparse_attention`.
     scale: of the logits of both branches; None is 1/sqrt(H).
-    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), "mosaic_tpu", or None to pick by platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), "mosaic_tpu", or None to pick by
+      platform.
 
   Returns:
     out [B,T,N,E] in q's dtype.

@@ -206,29 +206,40 @@ def _attention_fwd(arrays, plan, window, scale, options):
 
 def _attention_bwd(window, scale, options, saved, dout):
   arrays, plan, found = saved
-  q, segment_ids = arrays["q"], arrays["segment_ids"]
-  dout = dout.astype(jnp.float32)
-  gradients, branches = {"segment_ids": None}, {}
+  inputs = {name: x for name, x in (arrays | found).items() if not name.endswith("_shared")}
+  inputs |= {"k": arrays["k_shared"], "v": arrays["v_shared"], "dout": dout}
+  axes = {name: 0 if name.startswith("sinks") else 2 for name in inputs if name != "segment_ids"}
+  grads = sparse.by_heads(
+    lambda some: _backward(some, sparse.plan_of(plan, some), window, scale, options),
+    inputs | sparse.plan_arrays(plan), axes | sparse.PLAN_AXES)
+  return grads | {"segment_ids": None}, None
+
+
+def _backward(inputs, plan, window, scale, options):
+  """Gradients {name: array} of every float array of the call, for some of its KV heads."""
+  q, segment_ids, grads = inputs["q"], inputs["segment_ids"], {}
+  dout = inputs["dout"].astype(jnp.float32)
+  branch = {}
   for name in ("sparse", "local"):
-    gate, out = arrays[f"gate_{name}"], found[f"out_{name}"].astype(jnp.float32)
-    branches[name] = (dout * gate.astype(jnp.float32)).astype(q.dtype)
-    dgate = dout * out
+    gate = inputs[f"gate_{name}"]
+    branch[name] = (dout * gate.astype(jnp.float32)).astype(q.dtype)
+    dgate = dout * inputs[f"out_{name}"].astype(jnp.float32)
     if gate.shape[-1] == 1:
       dgate = dgate.sum(-1, keepdims=True)
-    gradients[f"gate_{name}"] = dgate.astype(gate.dtype)
-  dq, gradients["k_shared"], gradients["v_shared"], gradients["sinks_sparse"] = sparse.run_backward(
-    OP, q, arrays["k_shared"], arrays["v_shared"], arrays["sinks_sparse"], segment_ids, plan,
-    found["out_sparse"], found["lse_sparse"], branches["sparse"], scale, options)
+    grads[f"gate_{name}"] = dgate.astype(gate.dtype)
+  shared = sparse.run_backward(
+    OP, {"q": q, "k": inputs["k"], "v": inputs["v"], "sinks": inputs["sinks_sparse"],
+         "segment_ids": segment_ids, "out": inputs["out_sparse"], "lse": inputs["lse_sparse"],
+         "dout": branch["sparse"]}, plan, scale, options)
+  grads |= {"k_shared": shared["k"], "v_shared": shared["v"], "sinks_sparse": shared["sinks"]}
   tiles = tpu_attention.backward_tiles(
-    q.shape[1], q.shape[2] // plan.counts.shape[1], q.shape[3], window=window)
-  lse = found["lse_local"].transpose(0, 2, 1) / LOG2E
-  dq_local, gradients["k_local"], gradients["v_local"], gradients["sinks_local"] = (
-    tpu_attention.backward(
-      q, arrays["k_local"], arrays["v_local"], segment_ids, arrays["sinks_local"],
-      found["out_local"], lse, branches["local"], tiles=tiles, scale=scale, window=window,
-      interpret=options.interpret))
-  gradients["q"] = (dq.astype(jnp.float32) + dq_local.astype(jnp.float32)).astype(q.dtype)
-  return gradients, None
+    q.shape[1], q.shape[2] // inputs["k"].shape[2], q.shape[3], window=window)
+  dq, grads["k_local"], grads["v_local"], grads["sinks_local"] = tpu_attention.backward(
+    q, inputs["k_local"], inputs["v_local"], segment_ids, inputs["sinks_local"],
+    inputs["out_local"], inputs["lse_local"].transpose(0, 2, 1) / LOG2E, branch["local"],
+    tiles=tiles, scale=scale, window=window, interpret=options.interpret)
+  grads["q"] = (shared["q"].astype(jnp.float32) + dq.astype(jnp.float32)).astype(q.dtype)
+  return grads
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
