@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
 from pallas_kernels.block_sparse_attention import mosaic_tpu_backward, mosaic_tpu_forward, tpu_plan
@@ -27,6 +28,12 @@ _COMPILER_BYTES = 6 << 20      # of VMEM: spilled registers and the compiler's o
 _PART_BYTES = 1 << 30          # of q that a backward pass works on at a time
 _OP = "block_sparse_attention"
 
+# Above this share of the causal blocks the unions are not worth their lists: bundles a (block, 128
+# rows) of dense tiles over those of lists, by the final schedules, forward, with the half step that
+# a list is padded by. Only where the matrix unit is 256 wide do tiles of 512 rows gain anything
+# (v6e 22.3 for 28.1; backward 52.5 for 56.2); on v5e and v5p they take 1.03 times as many.
+_DENSE_SHARE = {"v6e": 0.75}
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -35,12 +42,16 @@ class Options:
   forward, backward: the loops. By the final schedules, bundles a (block, tile of 128 rows), 128
     head dims, v5e: forward 37.3 for (8 blocks, 4 steps), 44 for (4, 8), 54 for (8, 1); backward
     87.3 for (8, 2). The matrix units need 32 and 80.
+  dense: whether every causal block is visited, in tiles of 512 rows; None: see `_DENSE_SHARE`.
   vmem_bytes: budget of a kernel; None asks the TPU.
   interpret: False, or `tpu.interpret_params()` to run on CPU.
   """
 
   forward: LoopConfig = LoopConfig(8, 4, 16)
   backward: LoopConfig = LoopConfig(8, 2, 8)
+  dense_forward: LoopConfig = LoopConfig(8, 1, 4)
+  dense_backward: LoopConfig = LoopConfig(4, 1, 4)
+  dense: bool | None = None
   vmem_bytes: int | None = None
   interpret: Any = False
 
@@ -95,6 +106,30 @@ def segment_blocks(op, plan, key_bytes, program_bytes, options):
       f"{op} on TPU: a block of {plan.block_size} keys and {program_bytes >> 20} MiB of queries do "
       f"not fit {budget >> 20} MiB of VMEM; use a smaller block_size")
   return -(-blocks // -(-blocks // fit))
+
+
+def choose(plan, options, run):
+  """run(plan, options), on `plan.dense()` where its unions are wide; see `Options.dense`.
+
+  The same picks always choose the same, so results stay the same bit for bit.
+  """
+  wide = dataclasses.replace(options, forward=options.dense_forward,
+                             backward=options.dense_backward, dense=True)
+  if options.dense is not None:
+    return run(plan.dense(), wide) if options.dense else run(plan, options)
+  share = _DENSE_SHARE.get(tpu_generation())
+  if share is None:
+    return run(plan, options)
+  return lax.cond(plan.share() > share, lambda: run(plan.dense(), wide),
+                  lambda: run(plan, options))
+
+
+def tpu_generation():
+  """"v5e" and the like; None off TPU."""
+  try:
+    return pltpu.get_tpu_info().chip_version.value
+  except ValueError:                    # "Unsupported TPU device kind: cpu"
+    return None
 
 
 class Layout:
@@ -158,9 +193,9 @@ class Layout:
     return schedule.from_rows(x, self.batch, (1, 1), self.tokens, width)
 
 
-def run_forward(op, q, k, v, sinks, segment_ids, plan, scale, options):
+def run_forward(q, k, v, sinks, segment_ids, scale, plan, options):
   """-> (out [B,T,N,E], log2-sum-exp f32 [B,T,N])."""
-  layout = Layout(op, plan, options.forward, options, q, k, v, segment_ids)
+  layout = Layout(_OP, plan, options.forward, options, q, k, v, segment_ids)
   results = mosaic_tpu_forward.forward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), plan, layout.config,
     segment_blocks=layout.segment_blocks, sinks=layout.sinks(sinks), segment_ids=segment_ids,
@@ -213,7 +248,7 @@ def plan_of(plan, inputs):
   return dataclasses.replace(plan, **{name: inputs[name] for name in PLAN_AXES})
 
 
-def run_backward(op, inputs, plan, scale, options):
+def run_backward(op, inputs, scale, plan, options):
   """-> {"q", "k", "v": gradients in their dtypes, "sinks": f32 [N] or None}.
 
   inputs: {"q", "k", "v", "sinks", "segment_ids", "out", "lse", "dout"}; lse f32 [B,T,N] in log2.
@@ -241,8 +276,8 @@ def _attention(q, k, v, sinks, segment_ids, plan, scale, options):
 
 
 def _attention_fwd(q, k, v, sinks, segment_ids, plan, scale, options):
-  out, lse = run_forward(
-    _OP, q, k, v, sinks, segment_ids, plan, scale, options)
+  out, lse = choose(plan, options, functools.partial(
+    run_forward, q, k, v, sinks, segment_ids, scale))
   return out, (q, k, v, sinks, segment_ids, plan, out, lse)
 
 
@@ -252,7 +287,8 @@ def _attention_bwd(scale, options, saved, dout):
   inputs = dict(zip(("q", "k", "v", "sinks", "segment_ids", "out", "lse", "dout"),
                     (q, k, v, sinks, segment_ids, out, lse, dout))) | plan_arrays(plan)
   found = by_heads(
-    lambda some: run_backward(_OP, some, plan_of(plan, some), scale, options), inputs, axes)
+    lambda some: choose(plan_of(plan, some), options, functools.partial(
+      run_backward, _OP, some, scale)), inputs, axes)
   return found["q"], found["k"], found["v"], found["sinks"], None, None
 
 

@@ -47,6 +47,41 @@ class TilePlan:
     return self.counts.astype(jnp.float32).sum() / (dense * heads)
 
 
+  def dense(self, merged=4):
+    """The same picks as lists of every causal block, for tiles of `merged` times as many tokens.
+
+    What is then left to choose is membership: a dense causal kernel with a mask per row.
+    """
+    b, k, tiles, width = self.blocks.shape
+    blocks = -(-self.tokens // self.block_size)
+    tile, programs = self.tile_tokens * merged, -(-tiles // merged)
+    last = (jnp.arange(programs, dtype=jnp.int32) + 1) * tile - 1
+    counts = jnp.minimum(last // self.block_size + 1, blocks)
+    order = counts[:, None] - 1 - jnp.arange(blocks, dtype=jnp.int32)        # [L',C], descending
+
+    def grouped(x, fill):                                       # [B,K,L,...] -> [B,K,L',merged,...]
+      widths = ((0, 0), (0, 0), (0, programs * merged - tiles)) + ((0, 0),) * (x.ndim - 3)
+      x = jnp.pad(x, widths, constant_values=fill)
+      return x.reshape(b, k, programs, merged, *x.shape[3:])
+
+    live = jnp.arange(width) < self.counts[..., None]
+    listed = grouped(jnp.where(live, self.blocks, blocks), blocks)           # [B,K,L',4,U]
+    here = listed[..., None] == order[:, None, None]                         # [B,K,L',4,U,C]
+    words = grouped(self.words, 0)[..., None]                                # [B,K,L',4,W,U,1]
+    words = jnp.where(here[:, :, :, :, None], words, 0).sum(5)
+    if self.tile_tokens >= 32:
+      words = words.reshape(b, k, programs, -1, blocks)
+    else:                                                       # several tiles to a word
+      each = min(32 // self.tile_tokens, merged)
+      words = words.reshape(b, k, programs, -1, each, blocks)
+      shift = (jnp.arange(each, dtype=jnp.int32) * self.tile_tokens)[:, None]
+      words = lax.shift_left(words, jnp.broadcast_to(shift, words.shape)).sum(4)
+    order = jnp.maximum(order, 0)
+    spread = lambda x: jnp.broadcast_to(x, (b, k, *x.shape))
+    return TilePlan(spread(order), words, spread(counts), self.group, tile, self.block_size,
+                    self.tokens)
+
+
 def padded_group(group):
   """Query heads to a KV head that the kernels run with: the next power of 2.
 

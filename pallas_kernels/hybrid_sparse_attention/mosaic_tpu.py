@@ -173,7 +173,7 @@ class WindowEpilogue:
       refs.lse_local[0, 0, pl.ds(tile, 1), :] = lse
 
 
-def _forward(arrays, plan, window, scale, options, residuals):
+def _forward(arrays, window, scale, residuals, plan, options):
   """{"out": [B,T,N,E]} and, as residuals, both branches' results and log2-sum-exp f32 [B,T,N]."""
   q, k, v = arrays["q"], arrays["k_shared"], arrays["v_shared"]
   segment_ids = arrays["segment_ids"]
@@ -196,11 +196,12 @@ def _forward(arrays, plan, window, scale, options, residuals):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _attention(arrays, plan, window, scale, options):
-  return _forward(arrays, plan, window, scale, options, residuals=False)["out"]
+  return sparse.choose(plan, options, functools.partial(
+    _forward, arrays, window, scale, False))["out"]
 
 
 def _attention_fwd(arrays, plan, window, scale, options):
-  found = _forward(arrays, plan, window, scale, options, residuals=True)
+  found = sparse.choose(plan, options, functools.partial(_forward, arrays, window, scale, True))
   return found.pop("out"), (arrays, plan, found)
 
 
@@ -227,17 +228,20 @@ def _backward(inputs, plan, window, scale, options):
     if gate.shape[-1] == 1:
       dgate = dgate.sum(-1, keepdims=True)
     grads[f"gate_{name}"] = dgate.astype(gate.dtype)
-  shared = sparse.run_backward(
-    OP, {"q": q, "k": inputs["k"], "v": inputs["v"], "sinks": inputs["sinks_sparse"],
-         "segment_ids": segment_ids, "out": inputs["out_sparse"], "lse": inputs["lse_sparse"],
-         "dout": branch["sparse"]}, plan, scale, options)
+  some = {"q": q, "k": inputs["k"], "v": inputs["v"], "sinks": inputs["sinks_sparse"],
+          "segment_ids": segment_ids, "out": inputs["out_sparse"], "lse": inputs["lse_sparse"],
+          "dout": branch["sparse"]}
+  shared = sparse.choose(plan, options, functools.partial(sparse.run_backward, OP, some, scale))
   grads |= {"k_shared": shared["k"], "v_shared": shared["v"], "sinks_sparse": shared["sinks"]}
   tiles = tpu_attention.backward_tiles(
-    q.shape[1], q.shape[2] // inputs["k"].shape[2], q.shape[3], window=window)
+    q.shape[1], q.shape[2] // inputs["k"].shape[2], max(q.shape[3], inputs["v"].shape[3]), q.dtype,
+    window=window)
+  lse = inputs["lse_local"].transpose(0, 2, 1) / LOG2E
+  lse = jnp.where(lse > EMPTY / 2, lse, 0.0)           # as that kernel marks a row that saw nothing
   dq, grads["k_local"], grads["v_local"], grads["sinks_local"] = tpu_attention.backward(
     q, inputs["k_local"], inputs["v_local"], segment_ids, inputs["sinks_local"],
-    inputs["out_local"], inputs["lse_local"].transpose(0, 2, 1) / LOG2E, branch["local"],
-    tiles=tiles, scale=scale, window=window, interpret=options.interpret)
+    inputs["out_local"], lse, branch["local"], tiles=tiles, scale=scale, window=window,
+    interpret=options.interpret)
   grads["q"] = (shared["q"].astype(jnp.float32) + dq.astype(jnp.float32)).astype(q.dtype)
   return grads
 
