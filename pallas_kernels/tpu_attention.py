@@ -50,8 +50,9 @@ def key_unit(op, block_size, num_blocks):
   return unit
 
 
-def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=None):
-  """`ForwardTiles` for the core that is compiled for.
+def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=None,
+                  vmem_bytes=None):
+  """`ForwardTiles` for a core.
 
   Args:
     tokens: T.
@@ -59,6 +60,7 @@ def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=No
     unit: of `key_unit`.
     block_size: keys per block; num_blocks: P.
     window: tokens, or None.
+    vmem_bytes: of the core; None is the one that is compiled for.
   """
   heads = largest_divisor(group, LARGEST_FORWARD.heads)
   queries = min(LARGEST_FORWARD.queries, round_up(tokens, 128))
@@ -69,7 +71,7 @@ def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=No
   keys = min(keys, round_up(tokens, unit))
   if num_blocks:
     rows = round_up(-(-tokens // block_size), tpu_block_picks.ROWS)
-    budget = tpu.vmem_bytes() * 3 // 5        # the rest: two of each tile, the scores of a step
+    budget = (vmem_bytes or tpu.vmem_bytes()) * 3 // 5        # the rest: two of each tile, the scores of a step
     size = lambda: 4 * rows * queries * (heads + (heads < group))
     while size() > budget and heads > 1:
       heads = largest_divisor(group, heads - 1)
