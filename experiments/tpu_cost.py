@@ -105,8 +105,9 @@ def backward_cost(shape, spans, kernel, tiles, *, window=None):
   straight = [s for s in spans if s.depth == 1]
   before = [s for s in spans[:matmuls[0]] if s.depth == 1 and _is_vector(s)]
   after = [s for s in spans[matmuls[-1]:] if s.depth == 1 and _is_vector(s)]
-  per_chunk = [before[0], after[-1]]                                  # zero and write dK, dV
-  per_tile = [*before[1:], *after[:-1]]                                # zero and write dQ
+  zero = max(before, key=lambda s: s.bundles)
+  per_chunk = [zero, after[-1]]                                        # zero and write dK, dV
+  per_tile = [s for s in before + after[:-1] if s is not zero]         # zero and write dQ
   overhead = _sum(s for s in straight if not _is_vector(s))
   full, edge, visits, grid = 0, 0, 0, 0
   for c in range(tokens // tiles.chunk):
@@ -124,7 +125,9 @@ def backward_cost(shape, spans, kernel, tiles, *, window=None):
       whole = start if window is not None else min(i * tiles.queries // tiles.keys, stop)
       full, edge = full + whole - start, edge + max(stop - whole, 0)
   kv_heads = shape.batch * shape.num_kv_heads
-  bundles = parts * (tiles.heads * (full * hot.bundles / tiles.unroll + edge * masked.bundles)
+  edge_unroll = 1 if window is None else tiles.unroll
+  bundles = parts * (tiles.heads * (full * hot.bundles / tiles.unroll
+                                    + edge * masked.bundles / edge_unroll)
                      + grid * overhead + visits * _sum(per_tile))
   bundles += tokens // tiles.chunk * _sum(per_chunk)
   return Cost(kernel, tiles.heads * hot.bundles / tiles.unroll, kv_heads * parts * (full + edge),

@@ -88,15 +88,19 @@ def backward_tiles(tokens, group, head_dim, dtype, window=None):
   """`BackwardTiles` for T tokens of the largest head dim: a few chunks of equal size."""
   heads = largest_divisor(group, LARGEST_BACKWARD.heads)
   size = min(LARGEST_BACKWARD.queries, round_up(tokens, 128))
+  keys, unroll = size, 1
   if window is not None:
     size = min(size, max(256, round_up(window, 128)))
+    keys, unroll = min(size, round_up(window, 128)), heads
+    if size % keys:
+      keys = 128
   # A chunk of 8192 keys of 128 bfloat16 takes 25 MB: K, V, dK, dV twice, and float32 sums.
   largest = LARGEST_BACKWARD.chunk // (round_up(head_dim, 128) // 128)
   if jnp.dtype(dtype) == jnp.float32:
     largest //= 2
   largest = max(largest, size)
-  chunk = round_up(-(-tokens // -(-tokens // largest)), size)
-  return BackwardTiles(queries=size, keys=size, chunk=chunk, heads=heads)
+  chunk = round_up(-(-tokens // -(-tokens // largest)), math.lcm(size, keys))
+  return BackwardTiles(queries=size, keys=keys, chunk=chunk, heads=heads, unroll=unroll)
 
 
 def largest_divisor(n, limit):

@@ -195,7 +195,7 @@ def _kernel(first_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_
       dq_s[g] += dot(k, ds, (0, 0))                                        # [H, queries]
       return 0
 
-    lax.fori_loop(0, tiles.heads, head, 0, unroll=1 if masked else tiles.unroll)
+    lax.fori_loop(0, tiles.heads, head, 0, unroll=1 if masked and window is None else tiles.unroll)
     return 0
 
   @pl.when(i < num_tiles)
