@@ -1,7 +1,5 @@
 """Counts a Pallas TPU kernel's instruction bundles from the TPU compiler's final schedule.
 
-    python -m experiments.tpu_static --op=oracle_attention --shape=7b_32k --generation=v5e
-
 No TPU is needed: libtpu compiles on a CPU machine and dumps, per kernel, the bundles it will issue
 (one a cycle while nothing waits) and which units each of them uses. These are counts, not timings:
 waits for DMA, for HBM and between grid steps are not in them.
@@ -51,21 +49,13 @@ def spans(directory, kernel, minimum=1):
   Raises:
     RuntimeError: the dump holds no such kernel, or several.
   """
-  def find(suffix):
-    # The compiler adds ".1" and the like to a kernel's name.
-    found = [f for f in glob.glob(f"{directory}/*{suffix}")
-             if re.search(rf"\d-{re.escape(kernel)}(\.\d+)*-\d+-{suffix}$", f)]
-    if len(found) != 1:
-      raise RuntimeError(f"kernel {kernel!r}: the dump has {len(found)} schedules, wanted 1")
-    return found[0]
-
-  with open(find("final_hlo-static-per-bundle-utilization.txt")) as file:
+  with open(_dumped(directory, kernel, "final_hlo-static-per-bundle-utilization.txt")) as file:
     lines = file.read().split("\n")
   names = lines[1].split(", ")
   slots = [int(x) for x in lines[2].split()]
   used = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
   found, last, depth = [], 0, 1
-  with open(find("final_bundles.txt")) as file:
+  with open(_dumped(directory, kernel, "final_bundles.txt")) as file:
     for line in file:
       match = _LINE.match(line)
       if not match:
@@ -81,6 +71,21 @@ def spans(directory, kernel, minimum=1):
         last = address
       depth = max(len(match.group(3)), 1)
   return found
+
+
+def vmem_bytes(directory, kernel):
+  """VMEM of a kernel's windows and scratch; spilled registers are not in it."""
+  with open(_dumped(directory, kernel, "pre-finalize-registers-and-allocations.txt")) as file:
+    return sum(int(size, 16) for size in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", file.read()))
+
+
+def _dumped(directory, kernel, suffix):
+  # The compiler adds ".1" and the like to a kernel's name.
+  found = [f for f in glob.glob(f"{directory}/*{suffix}")
+           if re.search(rf"\d-{re.escape(kernel)}(\.\d+)*-\d+-{suffix}$", f)]
+  if len(found) != 1:
+    raise RuntimeError(f"kernel {kernel!r}: the dump has {len(found)} schedules, wanted 1")
+  return found[0]
 
 
 def dump(generation, fn, *abstract_args, directory=None):

@@ -24,6 +24,11 @@ def round_up(n, multiple):
   return -(-n // multiple) * multiple
 
 
+def tile_of(tokens):
+  """128, 256, 512, ...: the first that holds them all; such tiles divide one another."""
+  return 128 << (-(-tokens // 128) - 1).bit_length()
+
+
 def check(op, q, k, v):
   """Raises NotImplementedError for dtypes and head dims that the kernels do not take."""
   dtypes = sorted({jnp.dtype(x.dtype).name for x in (q, k, v)})
@@ -50,8 +55,9 @@ def key_unit(op, block_size, num_blocks):
   return unit
 
 
-def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=None):
-  """`ForwardTiles` for the core that is compiled for.
+def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=None,
+                  vmem_bytes=None):
+  """`ForwardTiles` for a core.
 
   Args:
     tokens: T.
@@ -59,17 +65,18 @@ def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=No
     unit: of `key_unit`.
     block_size: keys per block; num_blocks: P.
     window: tokens, or None.
+    vmem_bytes: of the core; None is the one that is compiled for.
   """
   heads = largest_divisor(group, LARGEST_FORWARD.heads)
-  queries = min(LARGEST_FORWARD.queries, round_up(tokens, 128))
+  queries = min(LARGEST_FORWARD.queries, tile_of(tokens))
   keys = max(LARGEST_FORWARD.keys // unit, 1) * unit
   if window is not None:                      # about a band each way: more would be masked away
-    queries = min(queries, max(256, round_up(window, 128)))
-    keys = min(keys, max(128, round_up(window, 128)))
-  keys = min(keys, round_up(tokens, unit))
+    queries = min(queries, max(256, tile_of(window)))
+    keys = min(keys, tile_of(window))
+  keys = min(keys, round_up(tokens, math.lcm(unit, queries)))
   if num_blocks:
     rows = round_up(-(-tokens // block_size), tpu_block_picks.ROWS)
-    budget = tpu.vmem_bytes() * 3 // 5        # the rest: two of each tile, the scores of a step
+    budget = (vmem_bytes or tpu.vmem_bytes()) * 3 // 5        # the rest: two of each tile, the scores of a step
     size = lambda: 4 * rows * queries * (heads + (heads < group))
     while size() > budget and heads > 1:
       heads = largest_divisor(group, heads - 1)
@@ -85,16 +92,18 @@ def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=No
 def backward_tiles(tokens, group, head_dim, dtype, window=None):
   """`BackwardTiles` for T tokens of the largest head dim: a few chunks of equal size."""
   heads = largest_divisor(group, LARGEST_BACKWARD.heads)
-  size = min(LARGEST_BACKWARD.queries, round_up(tokens, 128))
+  queries = min(LARGEST_BACKWARD.queries, tile_of(tokens))
+  keys, unroll = min(LARGEST_BACKWARD.keys, queries), 1
   if window is not None:
-    size = min(size, max(256, round_up(window, 128)))
+    queries = min(queries, max(256, tile_of(window)))
+    keys, unroll = min(queries, tile_of(window)), heads
   # A chunk of 8192 keys of 128 bfloat16 takes 25 MB: K, V, dK, dV twice, and float32 sums.
   largest = LARGEST_BACKWARD.chunk // (round_up(head_dim, 128) // 128)
   if jnp.dtype(dtype) == jnp.float32:
     largest //= 2
-  largest = max(largest, size)
-  chunk = round_up(-(-tokens // -(-tokens // largest)), size)
-  return BackwardTiles(queries=size, keys=size, chunk=chunk, heads=heads)
+  largest = max(largest, queries)
+  chunk = round_up(-(-tokens // -(-tokens // largest)), queries)
+  return BackwardTiles(queries=queries, keys=keys, chunk=chunk, heads=heads, unroll=unroll)
 
 
 def largest_divisor(n, limit):

@@ -118,29 +118,29 @@ def _chunk(first, operands, chunk, dq, *, tiles, scale, window, num_kv_heads, ch
 
   heads_spec = pl.BlockSpec(
     (1, tiles.queries, tiles.heads * H),
-    lambda b, s, i, first, chunk: (b // K, tile(i, chunk), (b % K) * parts + s))
+    lambda b, h, s, i, first, chunk: (b, tile(i, chunk), h * parts + s))
   key_spec = pl.BlockSpec((1, tiles.chunk, H),
-                          lambda b, s, i, first, chunk: (b // K, chunk[0], b % K))
+                          lambda b, h, s, i, first, chunk: (b, chunk[0], h))
   row_spec = pl.BlockSpec((1, 1, 1, tiles.heads, tiles.queries),
-                          lambda b, s, i, first, chunk: (b // K, b % K, s, 0, tile(i, chunk)))
+                          lambda b, h, s, i, first, chunk: (b, h, s, 0, tile(i, chunk)))
   in_specs = [heads_spec, key_spec, key_spec, heads_spec, row_spec, row_spec]
   segmented = len(operands) > len(in_specs)
   if segmented:
     in_specs += [
       pl.BlockSpec((1, 1, tiles.queries),
-                   lambda b, s, i, first, chunk: (b // K, 0, tile(i, chunk))),
-      pl.BlockSpec((1, 1, tiles.chunk), lambda b, s, i, first, chunk: (b // K, 0, chunk[0]))]
+                   lambda b, h, s, i, first, chunk: (b, 0, tile(i, chunk))),
+      pl.BlockSpec((1, 1, tiles.chunk), lambda b, h, s, i, first, chunk: (b, 0, chunk[0]))]
   aliases = {}
   if dq is not None:
     aliases = {2 + len(operands): 0}
     operands, in_specs = [*operands, dq], [*in_specs, heads_spec]
-  dk_spec = pl.BlockSpec((1, tiles.chunk, H), lambda b, s, i, first, chunk: (b // K, 0, b % K))
+  dk_spec = pl.BlockSpec((1, tiles.chunk, H), lambda b, h, s, i, first, chunk: (b, 0, h))
   dk_shape = jax.ShapeDtypeStruct((B, tiles.chunk, K * H), operands[1].dtype)
   return pl.pallas_call(
-    functools.partial(_kernel, tiles=tiles, scale=scale, window=window, num_kv_heads=K,
+    functools.partial(_kernel, tiles=tiles, scale=scale, window=window,
                       num_tiles=num_tiles, segmented=segmented, add=dq is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=2, grid=(B * K, parts, steps), in_specs=in_specs,
+      num_scalar_prefetch=2, grid=(B, K, parts, steps), in_specs=in_specs,
       out_specs=[heads_spec, dk_spec, dk_spec],
       scratch_shapes=[pltpu.VMEM((tiles.heads, H, tiles.queries), jnp.float32),
                       pltpu.VMEM((tiles.chunk, H), jnp.float32),
@@ -150,20 +150,20 @@ def _chunk(first, operands, chunk, dq, *, tiles, scale, window, num_kv_heads, ch
                dk_shape, dk_shape],
     input_output_aliases=aliases,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
       vmem_limit_bytes=tpu.vmem_limit()),
     interpret=interpret, name="attention_backward",
   )(first, chunk, *operands)
 
 
 def _kernel(first_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_ref, *refs, tiles,
-            scale, window, num_kv_heads, num_tiles, segmented, add):
+            scale, window, num_tiles, segmented, add):
   refs = list(refs)
   query_segments_ref, key_segments_ref = (refs.pop(0), refs.pop(0)) if segmented else (None, None)
   dq_in_ref = refs.pop(0) if add else None
   dq_ref, dk_ref, dv_ref, dq_s, dk_s, dv_s = refs
   H = k_ref.shape[2]
-  bh, part, step = (pl.program_id(a) for a in range(3))
+  b, _, part, step = (pl.program_id(a) for a in range(4))
   per_chunk = tiles.chunk // tiles.keys
   i = chunk_ref[0] * (tiles.chunk // tiles.queries) + step
   lanes = lambda g: pl.ds(g * H if isinstance(g, int) else pl.multiple_of(g * H, H), H)
@@ -195,12 +195,12 @@ def _kernel(first_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_
       dq_s[g] += dot(k, ds, (0, 0))                                        # [H, queries]
       return 0
 
-    lax.fori_loop(0, tiles.heads, head, 0, unroll=1 if masked else tiles.unroll)
+    lax.fori_loop(0, tiles.heads, head, 0, unroll=1 if masked and window is None else tiles.unroll)
     return 0
 
   @pl.when(i < num_tiles)
   def _():
-    first, last = key_tile_range(i, first_ref[bh // num_kv_heads, i], tiles)
+    first, last = key_tile_range(i, first_ref[b, i], tiles)
     start = jnp.maximum(first, chunk_ref[0] * per_chunk)
     stop = jnp.minimum(last + 1, (chunk_ref[0] + 1) * per_chunk)
     dq_s[...] = jnp.zeros_like(dq_s)
@@ -216,7 +216,7 @@ def _kernel(first_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_
         dq += dq_in_ref[0, :, lanes(g)]
       dq_ref[0, :, lanes(g)] = dq.astype(dq_ref.dtype)
 
-  @pl.when((part == pl.num_programs(1) - 1) & (step == pl.num_programs(2) - 1))
+  @pl.when((part == pl.num_programs(2) - 1) & (step == pl.num_programs(3) - 1))
   def _():
     dk_ref[0] = (dk_s[...] * scale).astype(dk_ref.dtype)
     dv_ref[0] = dv_s[...].astype(dv_ref.dtype)

@@ -6,7 +6,7 @@ sum is a plain row, and blocks are picked for 128 queries at once. The block max
 stay in VMEM until the last key; no score ever reaches HBM.
 
 q, k, v and out keep their [B,T,heads,H] order: a tile of a head is a slice of lanes. Logits are in
-units of log 2. Grid: (row and KV head, query tile, part of the group, key tile), keys innermost.
+units of log 2. Grid: (B, K, query tile, part of the group, key tile), keys innermost.
 """
 
 import dataclasses
@@ -157,21 +157,21 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
   first = first_key_tiles(B, T, tiles, window, segment_ids)
 
   def key_tile(b, i, j, first):
-    start, last = key_tile_range(i, first[b // K, i], tiles)
+    start, last = key_tile_range(i, first[b, i], tiles)
     return jnp.minimum(start + j, last)
 
   heads_spec = pl.BlockSpec((1, tiles.queries, tiles.heads * H),
-                            lambda b, i, s, j, first: (b // K, i, (b % K) * parts + s))
+                            lambda b, h, i, s, j, first: (b, i, h * parts + s))
   key_spec = pl.BlockSpec((1, tiles.keys, H),
-                          lambda b, i, s, j, first: (b // K, key_tile(b, i, j, first), b % K))
+                          lambda b, h, i, s, j, first: (b, key_tile(b, i, j, first), h))
   operands = [q.reshape(B, T, N * H), k.reshape(B, T, K * H), v.reshape(B, T, K * H)]
   in_specs = [heads_spec, key_spec, key_spec]
   if segment_ids is not None:
     operands += [segment_ids[:, None], segment_ids[:, None]]
     in_specs += [
-      pl.BlockSpec((1, 1, tiles.queries), lambda b, i, s, j, first: (b // K, 0, i)),
+      pl.BlockSpec((1, 1, tiles.queries), lambda b, h, i, s, j, first: (b, 0, i)),
       pl.BlockSpec((1, 1, tiles.keys),
-                   lambda b, i, s, j, first: (b // K, 0, key_tile(b, i, j, first)))]
+                   lambda b, h, i, s, j, first: (b, 0, key_tile(b, i, j, first)))]
   if sinks is not None:
     operands.append(sinks)
     in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
@@ -179,13 +179,13 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
   out_shape = [jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
                jax.ShapeDtypeStruct((B, K, parts, tiles.heads, T), jnp.float32)]
   out_specs = [heads_spec, pl.BlockSpec((1, 1, 1, tiles.heads, tiles.queries),
-                                        lambda b, i, s, j, first: (b // K, b % K, s, 0, i))]
+                                        lambda b, h, i, s, j, first: (b, h, s, 0, i))]
   scratch = [pltpu.VMEM((tiles.heads, 1, tiles.queries), jnp.float32)] * 2
   scratch.append(pltpu.VMEM((tiles.heads, H, tiles.queries), jnp.float32))
   if num_blocks:
     out_shape.append(jax.ShapeDtypeStruct((B, K, num_blocks, T), jnp.int32))
     out_specs.append(pl.BlockSpec((1, 1, num_blocks, tiles.queries),
-                                  lambda b, i, s, j, first: (b // K, b % K, 0, i)))
+                                  lambda b, h, i, s, j, first: (b, h, 0, i)))
     rows = -(-T // block_size // tpu_block_picks.ROWS) * tpu_block_picks.ROWS
     scratch.append(pltpu.VMEM((tiles.heads, rows, tiles.queries), jnp.float32))
     if parts > 1:
@@ -193,15 +193,15 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
 
   outs = pl.pallas_call(
     functools.partial(
-      _kernel, tiles=tiles, scale=scale, window=window, num_kv_heads=K, parts=parts,
+      _kernel, tiles=tiles, scale=scale, window=window, parts=parts,
       block_size=block_size, num_blocks=num_blocks, segmented=segment_ids is not None,
       sunk=sinks is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=1, grid=(B * K, T // tiles.queries, parts, steps),
+      num_scalar_prefetch=1, grid=(B, K, T // tiles.queries, parts, steps),
       in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch),
     out_shape=out_shape,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+      dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
       vmem_limit_bytes=tpu.vmem_limit()),
     interpret=interpret,
     name="oracle_attention_forward" if num_blocks else "attention_forward",
@@ -210,7 +210,7 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
   return (out.reshape(B, T, N, H), lse.reshape(B, N, T), outs[2] if num_blocks else None)
 
 
-def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, num_kv_heads, parts,
+def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
             block_size, num_blocks, segmented, sunk):
   refs = list(refs)
   query_segments_ref, key_segments_ref = (refs.pop(0), refs.pop(0)) if segmented else (None, None)
@@ -219,8 +219,8 @@ def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, num_kv_
   picked_ref = refs.pop(0) if num_blocks else None
   max_s, sum_s, acc_s, *maxima = refs
   H = k_ref.shape[2]
-  bh, i, part, step = (pl.program_id(a) for a in range(4))
-  first, last = key_tile_range(i, first_ref[bh // num_kv_heads, i], tiles)
+  b, h, i, part, step = (pl.program_id(a) for a in range(5))
+  first, last = key_tile_range(i, first_ref[b, i], tiles)
   j = first + step
   lanes = lambda g: pl.ds(g * H if isinstance(g, int) else pl.multiple_of(g * H, H), H)
 
@@ -232,12 +232,13 @@ def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, num_kv_
       sum_s[...] = jnp.zeros_like(sum_s)
       return
     sum_s[...] = jnp.ones_like(sum_s)
-    head = ((bh % num_kv_heads) * parts + part) * tiles.heads
+    head = (h * parts + part) * tiles.heads
     for g in range(tiles.heads):
       max_s[g] = jnp.full(max_s.shape[1:], sinks_ref[head + g] * LOG2E)
 
   def attend(masked):
-    unroll = tiles.unroll and not masked
+    # Under a causal mask only the last tile or two are masked: not worth the code.
+    unroll = tiles.unroll and (not masked or window is not None)
     k_once, v_once = (k_ref[0], v_ref[0]) if unroll else (None, None)
 
     def head(g, _):
