@@ -16,6 +16,13 @@ JAX_VERSION = tuple(int(x) for x in jax.__version__.split(".")[:3])
 InterpretGPUParams = getattr(plgpu, "InterpretGPUParams", _interpret_params.InterpretGPUParams)
 
 
+def tpu_races_found():
+  """Whether the last kernel run in TPU interpret mode had a data race; no public way yet."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+  races = interpret_pallas_call.races
+  return races is not None and races.races_found
+
+
 def cast(x, layout, interpret=None):
   """`layout_cast`, which GPU interpret mode of 0.10.2 does not know."""
   return x if interpret is not None else plgpu.layout_cast(x, layout)

@@ -14,6 +14,9 @@ TOLERANCES = {
   # A gradient of bfloat16 inputs: the op's own rounding of the result is 8 bits, and the
   # cotangent enters in bfloat16 too.
   "attention_grad_bf16": (4e-3, 3e-5),
+  # ||x - ref|| / ||ref|| where a matrix unit takes the softmax weights and their gradients in 8
+  # bits: 2^-9 each for those, and for the rounded result.
+  "mxu_bf16_norm": (0.0, 4e-3),
   # float64 chain rule against central differences with step 1e-5: truncation 1e-10 x curvature,
   # rounding 1e-16 / 1e-5.
   "finite_difference_f64": (1e-7, 1e-8),

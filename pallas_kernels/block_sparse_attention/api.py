@@ -16,6 +16,11 @@ def _mosaic_gpu(*args, **options):
   return gpu.block_sparse_attention(*args, **options)
 
 
+def _mosaic_tpu(*args, **options):
+  from pallas_kernels.block_sparse_attention import mosaic_tpu
+  return mosaic_tpu.block_sparse_attention(*args, **options)
+
+
 def _triton(*args, **options):
   from pallas_kernels.block_sparse_attention import gpu
   return gpu.block_sparse_attention(*args, hot_threshold=_ONLY_TRITON, **options)
@@ -27,13 +32,20 @@ def _plan_gpu(block_indices, group, block_size, hot_threshold=None):
   return gpu.make_plan(block_indices, group, hot_threshold)
 
 
-_AVAILABLE = {"reference": _reference, "mosaic_gpu": _mosaic_gpu, "triton": _triton}
+def _plan_tpu(block_indices, group, block_size):
+  from pallas_kernels.block_sparse_attention import mosaic_tpu
+  return mosaic_tpu.make_plan(block_indices, group, block_size=block_size)
+
+
+_AVAILABLE = {"reference": _reference, "mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu,
+              "triton": _triton}
 _PLANS = {
   "reference": lambda *_: None,
   "mosaic_gpu": _plan_gpu,
+  "mosaic_tpu": _plan_tpu,
   "triton": lambda *args: _plan_gpu(*args, hot_threshold=_ONLY_TRITON),
 }
-_BY_PLATFORM = {"gpu": ("mosaic_gpu", "triton")}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
 
 
 def plan_blocks(block_indices, *, num_heads, block_size=64, implementation=None):
@@ -81,7 +93,7 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
     scale: of the logits; None is 1/sqrt(H).
     plan: what `plan_blocks` returned for these indices and this implementation; None: made here.
     implementation: "reference", "mosaic_gpu" (NVIDIA Hopper; its backward is Triton's), "triton"
-      (Triton alone), or None to pick by platform.
+      (Triton alone), "mosaic_tpu", or None to pick by platform.
 
   Returns:
     out [B,T,N,E] in q's dtype; 0 where a query sees no key. No gradient reaches block_indices.

@@ -14,8 +14,14 @@ def _mosaic_gpu(*args, **options):
   return gpu.hybrid_sparse_attention(*args, **options)
 
 
-_AVAILABLE = {"reference": _reference, "mosaic_gpu": _mosaic_gpu}
-_BY_PLATFORM = {"gpu": ("mosaic_gpu",)}
+def _mosaic_tpu(*args, **options):
+  from pallas_kernels.hybrid_sparse_attention import mosaic_tpu
+  return mosaic_tpu.hybrid_sparse_attention(*args, **options)
+
+
+_AVAILABLE = {"reference": _reference, "mosaic_gpu": _mosaic_gpu,
+              "mosaic_tpu": _mosaic_tpu}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
 
 
 def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
@@ -43,7 +49,8 @@ def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_loc
     segment_ids: i32 [B,T] or None; 0 is padding, see `block_sparse_attention`.
     scale: of the logits of both branches; None is 1/sqrt(H).
     plan: what `plan_blocks` returned for these indices and this implementation; None: made here.
-    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), or None to pick by platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), "mosaic_tpu", or None to pick by
+      platform.
 
   Returns:
     out [B,T,N,E] in q's dtype.

@@ -9,8 +9,14 @@ def _mosaic_gpu(*args, **options):
   return mosaic_gpu.oracle_attention(*args, **options)
 
 
-_AVAILABLE = {"reference": reference.oracle_attention, "mosaic_gpu": _mosaic_gpu}
-_BY_PLATFORM = {"gpu": ("mosaic_gpu",)}
+def _mosaic_tpu(*args, **options):
+  from pallas_kernels.oracle_attention import mosaic_tpu
+  return mosaic_tpu.oracle_attention(*args, **options)
+
+
+_AVAILABLE = {"reference": reference.oracle_attention, "mosaic_gpu": _mosaic_gpu,
+              "mosaic_tpu": _mosaic_tpu}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
 
 
 def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, segment_ids=None, scale=None,
@@ -30,7 +36,8 @@ def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, segment_ids=None,
     segment_ids: i32 [B,T] or None. Tokens see only their own segment; 0 is padding, which sees
       nothing (output 0, no blocks) and is seen by nobody.
     scale: of the logits; None is 1/sqrt(H).
-    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), or None to pick by platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), "mosaic_tpu", or None to pick by
+      platform.
 
   Returns:
     out [B,T,N,E] in q's dtype, and block_indices i32 [B,K,T,P]: ascending, equal importance

@@ -9,8 +9,14 @@ def _mosaic_gpu(*args, **options):
   return gpu.sliding_window_attention(*args, **options)
 
 
-_AVAILABLE = {"reference": reference.sliding_window_attention, "mosaic_gpu": _mosaic_gpu}
-_BY_PLATFORM = {"gpu": ("mosaic_gpu",)}
+def _mosaic_tpu(*args, **options):
+  from pallas_kernels.sliding_window_attention import mosaic_tpu
+  return mosaic_tpu.sliding_window_attention(*args, **options)
+
+
+_AVAILABLE = {"reference": reference.sliding_window_attention, "mosaic_gpu": _mosaic_gpu,
+              "mosaic_tpu": _mosaic_tpu}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
 
 
 def sliding_window_attention(q, k, v, *, window=128, sinks=None, segment_ids=None, scale=None,
@@ -26,7 +32,8 @@ def sliding_window_attention(q, k, v, *, window=128, sinks=None, segment_ids=Non
     segment_ids: i32 [B,T] or None. Tokens see only their own segment; 0 is padding, which sees
       nothing (output 0) and is seen by nobody.
     scale: of the logits; None is 1/sqrt(H).
-    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), or None to pick by platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), "mosaic_tpu", or None to pick by
+      platform.
 
   Returns:
     out [B,T,N,E] in q's dtype.

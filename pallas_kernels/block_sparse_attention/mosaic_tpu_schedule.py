@@ -1,0 +1,349 @@
+"""How the TPU kernels walk the lists of many tiles in one loop, and the layouts they share.
+
+A program owns `tiles_per_program` tiles of one KV head. Its loop runs over *steps*: up to
+`blocks_per_step` listed blocks of one tile. `steps_per_body` steps make a loop body, whatever tiles
+they belong to: the schedule never drains at the end of a tile, and a list is padded to a step only.
+The matrix units drain once a body (some 150 bundles), which is why bodies are long.
+"""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+MASKED = -1e30          # added to a logit: exp2 of it is 0 whatever the running maximum
+EMPTY = -1e20           # running maximum, and log-sum-exp, of a row that has seen nothing
+LOG2E = 1.4426950408889634
+_SMEM_BYTES = 1 << 19   # of lists that a program may hold, both pipeline buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+  """Static sizes of a kernel's loop.
+
+  blocks_per_step: blocks multiplied together: a list is padded to a multiple of it.
+  steps_per_body: steps in flight together.
+  tiles_per_program: tiles whose queries and accumulators are in VMEM together.
+  """
+
+  blocks_per_step: int
+  steps_per_body: int
+  tiles_per_program: int
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if getattr(self, field.name) < 1:
+        raise ValueError(f"{field.name}: got {getattr(self, field.name)}, want at least 1")
+
+  def fit(self, plan):
+    """This config with no more tiles than the plan has, or than SMEM holds the lists of."""
+    words, width = plan.words.shape[-2:]
+    per_tile = 2 * 4 * (1 + words) * (-(-width // 128) * 128)
+    tiles = min(self.tiles_per_program, plan.counts.shape[-1], max(_SMEM_BYTES // per_tile, 1))
+    return dataclasses.replace(self, tiles_per_program=tiles)
+
+
+def walk_tables(plan, config, segment, segment_blocks):
+  """The plan's lists inside one segment of the keys, laid out for the kernels' scalar memory.
+
+  Returns:
+    head i32 [BK,C,1,2]: bodies to run, first tile; spans i32 [BK,C,4,tiles+1]: each tile's first
+    and last + 1 list entry, its steps, the next tile that has any; blocks i32 [BK,C,1,tiles*U+n]
+    and words i32 [BK,C,W,tiles*U+n]: the lists, one tile after the other. C programs a head.
+  """
+  tiles, n = config.tiles_per_program, config.blocks_per_step
+  width = plan.blocks.shape[-1]
+  live = jnp.arange(width, dtype=jnp.int32) < plan.counts[..., None]
+  above = live & (plan.blocks >= (segment + 1) * segment_blocks)
+  lo = above.sum(-1, dtype=jnp.int32)
+  hi = (live & (plan.blocks >= segment * segment_blocks)).sum(-1, dtype=jnp.int32)
+
+  def programs(x):
+    x = x.reshape(-1, *x.shape[2:])
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tiles)) + ((0, 0),) * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, tiles, *x.shape[2:])
+
+  lo, hi = programs(lo), programs(hi)
+  steps = -(-(hi - lo) // n)
+  numbered = jnp.where(steps > 0, jnp.arange(tiles, dtype=jnp.int32), tiles)
+  following = lax.cummin(numbered, axis=2, reverse=True)
+  after = jnp.pad(following[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=tiles)
+  end = ((0, 0), (0, 0), (0, 1))
+  base = jnp.arange(tiles, dtype=jnp.int32) * width
+  lo, hi = lo + base, hi + base
+  spans = jnp.stack([jnp.pad(lo, end), jnp.pad(hi, end),
+                     jnp.pad(steps, end),
+                     jnp.pad(after, end, constant_values=tiles)], axis=2)
+  bodies = -(-steps.sum(-1, dtype=jnp.int32) // config.steps_per_body)
+  head = jnp.stack([bodies, following[..., 0]], axis=-1)[:, :, None]
+
+
+  def lists(x):                # i32 [B,K,L,...,U] -> [BK,C,...,tiles*U + n]: reads may run over
+    x = programs(x)
+    x = jnp.moveaxis(x, 2, -2)
+    x = x.reshape(*x.shape[:2], -1, tiles * width)
+    return jnp.pad(x, ((0, 0),) * 3 + ((0, n),))
+
+  return head, spans, lists(plan.blocks), lists(plan.words)
+
+
+class Walk:
+  """Reads `walk_tables` inside a kernel. A state is (tile, step); tile `tiles` is past the end."""
+
+  def __init__(self, refs, config, sizes):
+    self.refs, self.config, self.sizes = refs, config, sizes
+
+  def first(self):
+    """The first `steps_per_body` states."""
+    return self.following((self.refs.head[0, 0, 0, 1], jnp.int32(0)))
+
+  def following(self, state):
+    """`state` and the ones after it, a body's worth."""
+    states = [state]
+    for _ in range(self.config.steps_per_body - 1):
+      states.append(self.advance(states[-1]))
+    return states
+
+  def advance(self, state):
+    """The next state."""
+    tile, step = state
+    more = step + 1 < self.refs.spans[0, 0, 2, tile]
+    return (jnp.where(more, tile, self.refs.spans[0, 0, 3, tile]),
+            jnp.where(more, step + 1, 0))
+
+  def entries(self, state):
+    """[(block of the sequence, its row in the key segment, membership words)] of one step."""
+    tile, step = state
+    start = self.refs.spans[0, 0, 0, tile] + step * self.config.blocks_per_step
+    end = self.refs.spans[0, 0, 1, tile]
+    found = []
+    for e in range(self.config.blocks_per_step):
+      live = start + e < end
+      block = self.refs.blocks[0, 0, 0, start + e]
+      if self.sizes.partial:                 # past the end of the list: a block of the segment
+        block = jnp.where(live, block, self.sizes.first_block)
+      words = [jnp.where(live, self.refs.words[0, 0, w, start + e], 0)
+               for w in range(self.sizes.words)]
+      row = pl.multiple_of((block - self.sizes.first_block) * self.sizes.block_size,
+                           self.sizes.block_size)
+      found.append((block, row, words))
+    return found
+
+  def keys(self, ref, entries):
+    """[blocks_per_step * block_size, D] rows of the resident keys or values."""
+    parts = [ref[0, pl.ds(row, self.sizes.block_size), :] for _, row, _ in entries]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+  def rows(self, ref, tile):
+    """[R, D] rows of a tile."""
+    r = self.sizes.rows
+    tile = jnp.minimum(tile, self.config.tiles_per_program - 1)
+    return ref[0, pl.ds(pl.multiple_of(tile * r, r), r), :]
+
+  def lanes(self, ref, tile):
+    """[1, R]: one number for each row of a tile."""
+    tile = jnp.minimum(tile, self.config.tiles_per_program - 1)
+    return ref[0, 0, pl.ds(tile, 1), :]
+
+  def biases(self, entries):
+    """[8, R] for each block: 0 in the lanes of tokens that picked it, `MASKED` in the others."""
+    token = lax.broadcasted_iota(jnp.int32, (8, self.sizes.rows), 1) // self.sizes.group
+    found = []
+    for _, _, words in entries:
+      word = jnp.full(token.shape, words[0], jnp.int32)
+      for w in range(1, len(words)):
+        word = jnp.where(token // 32 == w, words[w], word)
+      hit = lax.shift_right_logical(word, token % 32) & 1
+      found.append(jnp.where(hit != 0, 0.0, MASKED))
+    return found
+
+  def masked(self, scores, tile, entries):
+    """Logits of a step, [block_size / 8, 8, R] a block, hidden keys at `MASKED` or below.
+
+    Membership is left to `biases`. The causal mask matters to the tile's own blocks only, which
+    come first in its list; documents can end anywhere.
+    """
+    size, sizes = self.sizes.block_size, self.sizes
+    ahead = (lax.broadcasted_iota(jnp.int32, (size, sizes.rows), 0)
+             - lax.broadcasted_iota(jnp.int32, (size, sizes.rows), 1) // sizes.group)
+    number = pl.program_id(1) * self.config.tiles_per_program + tile
+    found = []
+    for e, (block, row, _) in enumerate(entries):
+      s = scores[e * size:(e + 1) * size]
+      visible = None
+      if e < max(1, sizes.tile_tokens // size):
+        visible = ahead <= number * sizes.tile_tokens - block * size
+      if sizes.segmented:
+        keys = self.refs.k_segments[0, pl.ds(row, size), :]
+        keys = jnp.concatenate([keys] * (sizes.rows // 128), axis=1)
+        same = keys == self.lanes(self.refs.q_segments, tile)
+        visible = same if visible is None else visible & same
+      if visible is not None:
+        s = jnp.where(visible, s, MASKED)
+      found.append(s.reshape(size // 8, 8, sizes.rows))
+    return found
+
+
+def dot(a, b, contract, dtype):
+  """`a` and `b` contracted over one axis each, summed in float32, float32 inputs in full."""
+  return lax.dot_general(
+    a.astype(dtype), b.astype(dtype), (((contract[0],), (contract[1],)), ((), ())),
+    precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+    preferred_element_type=jnp.float32)
+
+
+def padded_width(width):
+  """The head dim that the kernels run with: 64, or whole lanes."""
+  return 64 if width <= 64 else -(-width // 128) * 128
+
+
+def to_rows(x, group, tokens):
+  """[B,T,N,D] -> [B*K, tokens * G', D']: tokens-major rows of each KV head, zeros in the padding.
+
+  group: (G, G'), query heads to a KV head and what they are padded to.
+  """
+  b, t, n, d = x.shape
+  x = x.reshape(b, t, n // group[0], group[0], d)
+  width = padded_width(d) if d > 1 else d
+  x = jnp.pad(x, ((0, 0), (0, tokens - t), (0, 0), (0, group[1] - group[0]), (0, width - d)))
+  return x.transpose(0, 2, 1, 3, 4).reshape(-1, tokens * group[1], width)
+
+
+def from_rows(x, batch, group, tokens, width):
+  """The inverse of `to_rows`: [B*K, T' * G', D'] -> [B,tokens,N,width]."""
+  kv_heads = x.shape[0] // batch
+  x = x.reshape(batch, kv_heads, -1, group[1], x.shape[-1])[:, :, :tokens, :group[0], :width]
+  return x.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, kv_heads * group[0], width)
+
+
+def to_lanes(x, group, tokens, config, sizes):
+  """f32 or i32 [B,T,N] -> [B*K, C, tiles, R]: one number for each row of each tile."""
+  rows = to_rows(x[..., None], group, tokens)      # a width of 1 stays 1
+  return rows.reshape(rows.shape[0], -1, config.tiles_per_program, sizes.rows)
+
+
+def from_lanes(x, batch, group, tokens):
+  """The inverse of `to_lanes`: -> [B,tokens,N]."""
+  return from_rows(x.reshape(x.shape[0], -1, 1), batch, group, tokens, 1)[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Static sizes of one launch: a program's tiles against one segment of one KV head's keys.
+
+  Attributes:
+    rows: R, rows of a tile: tile_tokens * group.
+    words: membership words of a (tile, block).
+    first_block: of the key segment; segment_blocks: how many it has.
+    segment: its number.
+    partial: whether there are others.
+    segmented: whether documents are masked.
+  """
+
+  rows: int
+  group: int
+  tile_tokens: int
+  block_size: int
+  words: int
+  segment: int
+  segment_blocks: int
+  partial: bool
+  segmented: bool
+
+  @classmethod
+  def of(cls, plan, segment, segment_blocks, launches, segmented):
+    """The sizes that `plan` implies, for one of `launches` key segments."""
+    return cls(plan.tile_tokens * plan.group, plan.group, plan.tile_tokens, plan.block_size,
+               plan.words.shape[3], segment, segment_blocks, launches > 1, segmented)
+
+  @property
+  def first_block(self):
+    """First block of the key segment."""
+    return self.segment * self.segment_blocks
+
+  @property
+  def key_rows(self):
+    """Keys of the segment."""
+    return self.segment_blocks * self.block_size
+
+
+def table_operands(plan, config, sizes):
+  """{name: (table, spec)} of `walk_tables`."""
+  tables = walk_tables(plan, config, sizes.segment, sizes.segment_blocks)
+  return {name: (table, smem(table))
+          for name, table in zip(("head", "spans", "blocks", "words"), tables)}
+
+
+def program_rows(config, sizes, width):
+  """Block spec of the rows of a program's tiles: [1, tiles * R, width]."""
+  return pl.BlockSpec((1, config.tiles_per_program * sizes.rows, width), lambda h, c: (h, c, 0))
+
+
+def program_lanes(config, sizes):
+  """Block spec of one number for each row of a program's tiles: [1,1,tiles,R]."""
+  return pl.BlockSpec((1, 1, config.tiles_per_program, sizes.rows), lambda h, c: (h, c, 0, 0))
+
+
+def smem(array):
+  """Block spec of a table that a program (head, program of the head) reads its part of."""
+  return pl.BlockSpec((1, 1, *array.shape[2:]), lambda h, c: (h, c, 0, 0),
+                      memory_space=pltpu.SMEM)
+
+
+def resident(rows, width, segment):
+  """Block spec of one KV head's rows in VMEM for as long as its programs run, in one buffer."""
+  return pl.BlockSpec((1, rows, width), lambda h, c: (h, segment, 0),
+                      pipeline_mode=pl.Buffered(buffer_count=1))
+
+
+def segment_operands(segment_ids, config, sizes, heads, tokens, key_tokens):
+  """{name: (array, spec)} of document ids, equal where a query may look; {} without documents.
+
+  q_segments i32 [B,C,tiles,R]; k_segments i32 [B,S,128], the same in every lane. heads: K.
+  """
+  if segment_ids is None:
+    return {}
+  ids = jnp.where(segment_ids == 0, jnp.iinfo(jnp.int32).min,  # no key has it
+                  segment_ids)
+  q_ids = jnp.broadcast_to(ids[:, :, None], (*ids.shape, sizes.group))
+  q_ids = to_lanes(q_ids, (sizes.group, sizes.group), tokens, config, sizes)
+  k_ids = jnp.pad(segment_ids, ((0, 0), (0, key_tokens - segment_ids.shape[1])))
+  k_ids = jnp.broadcast_to(k_ids[:, :, None], (*k_ids.shape, 128))
+  k_spec = pl.BlockSpec((1, sizes.key_rows, 128), lambda h, c: (h // heads, sizes.segment, 0),
+                        pipeline_mode=pl.Buffered(buffer_count=1))
+  q_spec = pl.BlockSpec((1, 1, config.tiles_per_program, sizes.rows),
+                        lambda h, c: (h // heads, c, 0, 0))
+  return {"q_segments": (q_ids, q_spec), "k_segments": (k_ids, k_spec)}
+
+
+def call(kernel, name, operands, outputs, scratch, grid, *, interpret, vmem_limit, aliases=None):
+  """`pl.pallas_call` with named refs: operands and outputs {name: (array or shape, spec)}.
+
+  The programs of a head run in order, since they may share an accumulator.
+  """
+  names = [*operands, *outputs, *scratch]
+
+  def body(*refs):
+    kernel(types.SimpleNamespace(**dict(zip(names, refs, strict=True))))
+
+  results = pl.pallas_call(
+    body, grid=grid, name=name, interpret=interpret,
+    in_specs=[spec for _, spec in operands.values()],
+    out_specs=[spec for _, spec in outputs.values()],
+    out_shape=[shape for shape, _ in outputs.values()],
+    scratch_shapes=list(scratch.values()),
+    input_output_aliases={
+      list(operands).index(a): list(outputs).index(b) for a, b in (aliases or {}).items()},
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit),
+  )(*(array for array, _ in operands.values()))
+  return dict(zip(outputs, results, strict=True))
+
+
+def f32(*shape):
+  """An abstract float32 array."""
+  return jax.ShapeDtypeStruct(shape, jnp.float32)

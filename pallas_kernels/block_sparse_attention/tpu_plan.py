@@ -1,0 +1,151 @@
+"""What a set of picked blocks means to the TPU kernels, worked out once per hybrid block.
+
+A tile is `lanes` rows, tokens x query heads of one KV head. Its list holds every block that one of
+its tokens picked (the union), with a bit for each token that did. Lists descend, so that the
+blocks which need the causal mask come first and the blocks of a segment of the keys stand
+together. The static width is the most a tile can pick, so nothing is ever left out.
+
+XLA operations that TPUs do well: two sorts of short rows and shifts, no scatter, no atomics; so a
+plan, and every sum that follows its order, is the same bit for bit on every run.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("blocks", "words", "counts"),
+  meta_fields=("group", "tile_tokens", "block_size", "tokens"))
+@dataclasses.dataclass(frozen=True)
+class TilePlan:
+  """Union lists and membership of one set of picks.
+
+  blocks i32 [B,K,L,U]    the union of tile l, descending; 0 beyond its count
+  words  i32 [B,K,L,W,U]  bit i of word w: token 32 w + i of the tile picked it
+  counts i32 [B,K,L]      blocks in the list
+  group: query heads to a KV head as the kernels run them, a power of 2.
+  tile_tokens: tokens of a tile; L tiles cover `tokens`.
+  """
+
+  blocks: jax.Array
+  words: jax.Array
+  counts: jax.Array
+  group: int
+  tile_tokens: int
+  block_size: int
+  tokens: int
+
+  def share(self):
+    """f32 []: listed blocks over the blocks that a causal dense kernel visits."""
+    last = jnp.arange(self.counts.shape[-1], dtype=jnp.float32) * self.tile_tokens
+    dense = ((last + self.tile_tokens - 1) // self.block_size + 1).sum()
+    heads = self.counts.shape[0] * self.counts.shape[1]
+    return self.counts.astype(jnp.float32).sum() / (dense * heads)
+
+
+  def dense(self, merged=4):
+    """The same picks as lists of every causal block, for tiles of `merged` times as many tokens.
+
+    What is then left to choose is membership: a dense causal kernel with a mask per row.
+    """
+    b, k, tiles, width = self.blocks.shape
+    blocks = -(-self.tokens // self.block_size)
+    tile, programs = self.tile_tokens * merged, -(-tiles // merged)
+    last = (jnp.arange(programs, dtype=jnp.int32) + 1) * tile - 1
+    counts = jnp.minimum(last // self.block_size + 1, blocks)
+    order = counts[:, None] - 1 - jnp.arange(blocks, dtype=jnp.int32)        # [L',C], descending
+
+    def grouped(x, fill):                                       # [B,K,L,...] -> [B,K,L',merged,...]
+      widths = ((0, 0), (0, 0), (0, programs * merged - tiles)) + ((0, 0),) * (x.ndim - 3)
+      x = jnp.pad(x, widths, constant_values=fill)
+      return x.reshape(b, k, programs, merged, *x.shape[3:])
+
+    live = jnp.arange(width) < self.counts[..., None]
+    listed = grouped(jnp.where(live, self.blocks, blocks), blocks)           # [B,K,L',4,U]
+    here = listed[..., None] == order[:, None, None]                         # [B,K,L',4,U,C]
+    words = grouped(self.words, 0)[..., None]                                # [B,K,L',4,W,U,1]
+    words = jnp.where(here[:, :, :, :, None], words, 0).sum(5)
+    if self.tile_tokens >= 32:
+      words = words.reshape(b, k, programs, -1, blocks)
+    else:                                                       # several tiles to a word
+      each = min(32 // self.tile_tokens, merged)
+      words = words.reshape(b, k, programs, -1, each, blocks)
+      shift = (jnp.arange(each, dtype=jnp.int32) * self.tile_tokens)[:, None]
+      words = lax.shift_left(words, jnp.broadcast_to(shift, words.shape)).sum(4)
+    order = jnp.maximum(order, 0)
+    spread = lambda x: jnp.broadcast_to(x, (b, k, *x.shape))
+    return TilePlan(spread(order), words, spread(counts), self.group, tile, self.block_size,
+                    self.tokens)
+
+
+def padded_group(group):
+  """Query heads to a KV head that the kernels run with: the next power of 2.
+
+  Raises:
+    NotImplementedError: more than 128.
+  """
+  if group > 128:
+    raise NotImplementedError(
+      f"block_sparse_attention on TPU: got G={group} query heads to a KV head, want at most 128")
+  return 1 << (group - 1).bit_length()
+
+
+def _keys(block_indices, tile_tokens, block_size):
+  """Sort keys of the picks, grouped by tile -> (keys i32 [B,K,L,tile*P], number of blocks C).
+
+  A key is (C - 1 - block) * tile_tokens + token of the tile; picks of no block, and of blocks that
+  the causal mask hides whole, have C * tile_tokens.
+  """
+  b, k, t, p = block_indices.shape
+  blocks = -(-t // block_size)
+  tiles = -(-t // tile_tokens)
+  token = jnp.arange(t, dtype=jnp.int32)[:, None]
+  seen = (block_indices >= 0) & (block_indices <= token // block_size)
+  keys = jnp.where(seen, (blocks - 1 - block_indices) * tile_tokens + token % tile_tokens,
+                   blocks * tile_tokens)
+  keys = jnp.pad(keys, ((0, 0), (0, 0), (0, tiles * tile_tokens - t), (0, 0)),
+                 constant_values=blocks * tile_tokens)
+  return keys.reshape(b, k, tiles, tile_tokens * p), blocks
+
+
+def make_plan(block_indices, group, *, block_size=64, lanes=128):
+  """block_indices i32 [B,K,T,P], -1 for none -> TilePlan for `group` = N // K.
+
+  Picks may repeat and need no order. lanes: rows of a tile, a multiple of 128.
+  """
+  group = padded_group(group)
+  tile = lanes // group
+  tokens = block_indices.shape[2]
+  if not block_indices.shape[-1]:                # no picks at all: one entry that is none
+    block_indices = jnp.full((*block_indices.shape[:-1], 1), -1, jnp.int32)
+  keys, num_blocks = _keys(block_indices, tile, block_size)
+  entries = keys.shape[-1]
+  picks = block_indices.shape[-1]
+  keys = jnp.sort(keys, axis=-1, stable=False)
+  rank, token = keys // tile, keys % tile
+
+  def shifted(x, by, fill):
+    return jnp.pad(x[..., :-by], ((0, 0),) * 3 + ((by, 0),), constant_values=fill)
+
+  # Each run of one block ors its bits into its last entry, doubling the reach every step.
+  bit = lax.shift_left(jnp.int32(1), token % 32)
+  words = [jnp.where(token // 32 == w, bit, 0) for w in range(-(-tile // 32))]
+  reach = 1
+  while reach < min(tile * picks, entries):
+    same = shifted(rank, reach, -1) == rank
+    words = [word | jnp.where(same, shifted(word, reach, 0), 0) for word in words]
+    reach *= 2
+  after = jnp.pad(rank[..., 1:], ((0, 0),) * 3 + ((0, 1),), constant_values=-1)
+  last = (rank < num_blocks) & (rank != after)
+  rank, *words = lax.sort((jnp.where(last, rank, num_blocks), *words), dimension=-1, num_keys=1,
+                          is_stable=False)
+  width = min(num_blocks, entries)
+  counts = last.sum(-1, dtype=jnp.int32)
+  live = jnp.arange(width, dtype=jnp.int32) < counts[..., None]
+  blocks = jnp.where(live, num_blocks - 1 - rank[..., :width], 0)
+  words = jnp.stack([jnp.where(live, word[..., :width], 0) for word in words], axis=3)
+  return TilePlan(blocks, words, counts, group, tile, block_size, tokens)

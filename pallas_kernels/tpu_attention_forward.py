@@ -1,0 +1,293 @@
+"""Causal or windowed attention on TPU, forward; beside it the best key blocks of every query.
+
+Scores are computed transposed: keys down the sublanes, queries along the lanes. Row maxima, row
+sums and block maxima are then elementwise operations on vector registers, the logarithm of the
+sum is a plain row, and blocks are picked for 128 queries at once. The block maxima of a query tile
+stay in VMEM until the last key; no score ever reaches HBM.
+
+q, k, v and out keep their [B,T,heads,H] order: a tile of a head is a slice of lanes. Logits are in
+units of log 2. Grid: (B, K, query tile, part of the group, key tile), keys innermost.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tpu, tpu_block_picks
+from pallas_kernels.tpu_block_picks import HIDDEN, LOWEST
+
+LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles:
+  """The sizes of one grid step.
+
+  Attributes:
+    queries: per tile, a multiple of 128 (lanes).
+    keys: per tile, a multiple of 128.
+    heads: of the group, per step.
+    unroll: heads side by side in one schedule instead of a loop over them.
+  """
+
+  queries: int = 512
+  keys: int = 1024
+  heads: int = 4
+  unroll: bool = True
+
+  def __post_init__(self):
+    for name in ("queries", "keys"):
+      if getattr(self, name) % 128 or getattr(self, name) < 128:
+        raise ValueError(f"{name}={getattr(self, name)}; wanted a multiple of 128")
+
+
+def precision(dtype):
+  """float32 matmuls in full: the matrix unit's default would round them to bfloat16."""
+  return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def dot(a, b, contract):
+  """f32 matmul of two 2-D arrays over one axis of each."""
+  return lax.dot_general(a, b, ((contract[:1], contract[1:]), ((), ())),
+                         precision=precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+def column(row):
+  """[1, n] -> [n, 1] for 32-bit values, n a multiple of 128."""
+  return jnp.broadcast_to(row, (tpu.SUBLANES, row.shape[1])).T[:, :1]
+
+
+def visible(query_tile, key_tile, tiles, window, query_segments, key_segments):
+  """bool [keys, queries]: may the query see the key?
+
+  Args:
+    query_tile: index of the query tile; key_tile: of the key tile.
+    tiles: has `.queries` and `.keys`.
+    window: or None.
+    query_segments: i32 [1, queries] or None.
+    key_segments: i32 [1, keys] or None.
+  """
+  shape = tiles.keys, tiles.queries
+  key = lax.broadcasted_iota(jnp.int32, shape, 0)
+  query = lax.broadcasted_iota(jnp.int32, shape, 1)
+  behind = query - key                 # one array; the tiles' distance is a scalar
+  distance = key_tile * tiles.keys - query_tile * tiles.queries
+  keep = behind >= distance
+  if window is not None:
+    keep &= behind < distance + window
+  if query_segments is not None:
+    keep &= (query_segments == column(key_segments)) & (query_segments != 0)
+  return keep
+
+
+def key_tile_range(query_tile, first, tiles):
+  """(first, last) key tile that any query of the tile may see."""
+  return first, ((query_tile + 1) * tiles.queries - 1) // tiles.keys
+
+
+def first_key_tiles(batch, tokens, tiles, window, segment_ids):
+  """i32 [B, query tiles]: a key tile before which no query of the tile may see any key.
+
+  With segments: the first whose range of segment numbers meets that of the queries. For documents
+  numbered in order, as packing makes them, no earlier bound is possible; for others it is safe.
+
+  Args:
+    batch: B.
+    tokens: T, a multiple of both tile sizes.
+    tiles: has `.queries` and `.keys`.
+    window: or None.
+    segment_ids: i32 [B, T] or None.
+  """
+  starts = jnp.arange(tokens // tiles.queries, dtype=jnp.int32) * tiles.queries
+  reach = jnp.zeros_like(starts) if window is None else jnp.maximum(starts - (window - 1), 0)
+  first = jnp.broadcast_to(reach // tiles.keys, (batch, len(starts)))
+  if segment_ids is None:
+    return first
+  padding = segment_ids == 0             # sees nothing and is seen by nobody
+  limits = jnp.iinfo(jnp.int32)
+  split = lambda x, size: x.reshape(batch, -1, size)
+  lowest = lambda size: split(jnp.where(padding, limits.max, segment_ids), size).min(axis=2)
+  highest = lambda size: split(jnp.where(padding, limits.min, segment_ids), size).max(axis=2)
+  meet = ((lowest(tiles.keys)[:, None] <= highest(tiles.queries)[:, :, None])
+          & (lowest(tiles.queries)[:, :, None] <= highest(tiles.keys)[:, None]))
+  own = starts // tiles.keys             # also where nothing meets: there is always one to visit
+  met = jnp.where(meet.any(axis=2), meet.argmax(axis=2).astype(jnp.int32), own)
+  return jnp.maximum(first, jnp.minimum(met, own))
+
+
+# jit, because a pallas_call by itself is never dropped when its results are not used, which under
+# jax.checkpoint would run the forward kernel again in the backward pass.
+@functools.partial(jax.jit, static_argnames=(
+  "scale", "tiles", "window", "block_size", "num_blocks", "interpret"))
+def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None, block_size=64,
+            num_blocks=0, interpret=False):
+  """Attention of whole tiles.
+
+  Args:
+    q: [B,T,N,H] float32 or bfloat16, T a multiple of both tile sizes, H of 128.
+    k: [B,T,K,H].
+    v: [B,T,K,H].
+    scale: of the logits.
+    tiles: `ForwardTiles`; `heads` divides G.
+    segment_ids: i32 [B,T] or None.
+    sinks: f32 [N] or None.
+    window: tokens, or None.
+    block_size: keys per block; `tiles.keys` a multiple of 8 blocks. Used with `num_blocks`.
+    num_blocks: P; 0 for attention alone.
+    interpret: False, or `tpu.interpret_params()`.
+
+  Returns:
+    out [B,T,N,H] in q's dtype, lse f32 [B,N,T] (natural, sinks included; 0 in a row that sees
+    nothing), picked i32 [B,K,P,T] or None.
+  """
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  G = N // K
+  parts = G // tiles.heads
+  num_key_tiles = T // tiles.keys
+  steps = num_key_tiles
+  if window is not None:
+    steps = min(steps, (tiles.queries + window - 2) // tiles.keys + 2)
+  first = first_key_tiles(B, T, tiles, window, segment_ids)
+
+  def key_tile(b, i, j, first):
+    start, last = key_tile_range(i, first[b, i], tiles)
+    return jnp.minimum(start + j, last)
+
+  heads_spec = pl.BlockSpec((1, tiles.queries, tiles.heads * H),
+                            lambda b, h, i, s, j, first: (b, i, h * parts + s))
+  key_spec = pl.BlockSpec((1, tiles.keys, H),
+                          lambda b, h, i, s, j, first: (b, key_tile(b, i, j, first), h))
+  operands = [q.reshape(B, T, N * H), k.reshape(B, T, K * H), v.reshape(B, T, K * H)]
+  in_specs = [heads_spec, key_spec, key_spec]
+  if segment_ids is not None:
+    operands += [segment_ids[:, None], segment_ids[:, None]]
+    in_specs += [
+      pl.BlockSpec((1, 1, tiles.queries), lambda b, h, i, s, j, first: (b, 0, i)),
+      pl.BlockSpec((1, 1, tiles.keys),
+                   lambda b, h, i, s, j, first: (b, 0, key_tile(b, i, j, first)))]
+  if sinks is not None:
+    operands.append(sinks)
+    in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
+
+  out_shape = [jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
+               jax.ShapeDtypeStruct((B, K, parts, tiles.heads, T), jnp.float32)]
+  out_specs = [heads_spec, pl.BlockSpec((1, 1, 1, tiles.heads, tiles.queries),
+                                        lambda b, h, i, s, j, first: (b, h, s, 0, i))]
+  scratch = [pltpu.VMEM((tiles.heads, 1, tiles.queries), jnp.float32)] * 2
+  scratch.append(pltpu.VMEM((tiles.heads, H, tiles.queries), jnp.float32))
+  if num_blocks:
+    out_shape.append(jax.ShapeDtypeStruct((B, K, num_blocks, T), jnp.int32))
+    out_specs.append(pl.BlockSpec((1, 1, num_blocks, tiles.queries),
+                                  lambda b, h, i, s, j, first: (b, h, 0, i)))
+    rows = -(-T // block_size // tpu_block_picks.ROWS) * tpu_block_picks.ROWS
+    scratch.append(pltpu.VMEM((tiles.heads, rows, tiles.queries), jnp.float32))
+    if parts > 1:
+      scratch.append(pltpu.VMEM((rows, tiles.queries), jnp.float32))
+
+  outs = pl.pallas_call(
+    functools.partial(
+      _kernel, tiles=tiles, scale=scale, window=window, parts=parts,
+      block_size=block_size, num_blocks=num_blocks, segmented=segment_ids is not None,
+      sunk=sinks is not None),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1, grid=(B, K, T // tiles.queries, parts, steps),
+      in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch),
+    out_shape=out_shape,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
+      vmem_limit_bytes=tpu.vmem_limit()),
+    interpret=interpret,
+    name="oracle_attention_forward" if num_blocks else "attention_forward",
+  )(first, *operands)
+  out, lse = outs[:2]
+  return (out.reshape(B, T, N, H), lse.reshape(B, N, T), outs[2] if num_blocks else None)
+
+
+def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
+            block_size, num_blocks, segmented, sunk):
+  refs = list(refs)
+  query_segments_ref, key_segments_ref = (refs.pop(0), refs.pop(0)) if segmented else (None, None)
+  sinks_ref = refs.pop(0) if sunk else None
+  out_ref, lse_ref = refs.pop(0), refs.pop(0)
+  picked_ref = refs.pop(0) if num_blocks else None
+  max_s, sum_s, acc_s, *maxima = refs
+  H = k_ref.shape[2]
+  b, h, i, part, step = (pl.program_id(a) for a in range(5))
+  first, last = key_tile_range(i, first_ref[b, i], tiles)
+  j = first + step
+  lanes = lambda g: pl.ds(g * H if isinstance(g, int) else pl.multiple_of(g * H, H), H)
+
+  @pl.when(step == 0)
+  def _():
+    acc_s[...] = jnp.zeros_like(acc_s)
+    if not sunk:
+      max_s[...] = jnp.full_like(max_s, LOWEST)
+      sum_s[...] = jnp.zeros_like(sum_s)
+      return
+    sum_s[...] = jnp.ones_like(sum_s)
+    head = (h * parts + part) * tiles.heads
+    for g in range(tiles.heads):
+      max_s[g] = jnp.full(max_s.shape[1:], sinks_ref[head + g] * LOG2E)
+
+  def attend(masked):
+    # Under a causal mask only the last tile or two are masked: not worth the code.
+    unroll = tiles.unroll and (not masked or window is not None)
+    k_once, v_once = (k_ref[0], v_ref[0]) if unroll else (None, None)
+
+    def head(g, _):
+      # Side by side, heads share one transpose of v; in a loop, a value from before it is spilled.
+      k, v = (k_once, v_once) if unroll else (k_ref[0], v_ref[0])
+      s = dot(k, q_ref[0, :, lanes(g)], (1, 1)) * (scale * LOG2E)         # [keys, queries]
+      if masked:
+        segments = (query_segments_ref[0], key_segments_ref[0]) if segmented else (None, None)
+        s = jnp.where(visible(i, j, tiles, window, *segments), s, HIDDEN)
+      if num_blocks:
+        blocks = tiles.keys // block_size
+        top = s.reshape(blocks, block_size, tiles.queries).max(axis=1)
+        maxima[0][g, pl.ds(pl.multiple_of(j * blocks, blocks), blocks), :] = top
+      else:
+        top = s
+      before = max_s[g]
+      now = jnp.maximum(before, top.max(axis=0, keepdims=True))
+      shrink = jnp.exp2(before - now)
+      p = jnp.exp2(s - now)
+      sum_s[g] = sum_s[g] * shrink + p.sum(axis=0, keepdims=True)
+      max_s[g] = now
+      acc_s[g] = acc_s[g] * shrink + dot(v, p.astype(v.dtype), (0, 0))    # [H, queries]
+      return 0
+
+    lax.fori_loop(0, tiles.heads, head, 0, unroll=unroll)
+
+  if segmented or window is not None:
+    pl.when(j <= last)(lambda: attend(True))
+  else:
+    whole = (i * tiles.queries) // tiles.keys          # key tiles that every query sees
+    pl.when(j < whole)(lambda: attend(False))
+    pl.when((j >= whole) & (j <= last))(lambda: attend(True))
+
+  @pl.when(j == last)
+  def _():
+    lses = []
+    for g in range(tiles.heads):
+      total = sum_s[g]
+      seen = total > 0
+      lses.append(jnp.where(seen, max_s[g] + jnp.log2(jnp.where(seen, total, 1.0)), 0.0))
+      lse_ref[0, 0, 0, pl.ds(g, 1), :] = lses[g] / LOG2E
+      out = acc_s[g] / jnp.where(seen, total, 1.0)
+      out_ref[0, :, lanes(g)] = out.T.astype(out_ref.dtype)
+    if not num_blocks:
+      return
+    blocks = tiles.keys // block_size
+    span = first * blocks, (last + 1) * blocks
+    score_ref = maxima[0].at[0] if parts == 1 else maxima[1]
+    tpu_block_picks.group_scores(maxima[0], lses, score_ref, *span,
+                                 rest=None if parts == 1 else part > 0)
+    pl.when(part == parts - 1)(
+      lambda: tpu_block_picks.pick(score_ref, picked_ref.at[0, 0], *span))

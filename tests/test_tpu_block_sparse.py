@@ -1,0 +1,198 @@
+"""Block-sparse attention for TPU: the plan against loops, the kernels in TPU interpret mode.
+
+Interpret mode is strict: memory starts as NaN, a stray read raises, races are detected.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import block_sparse_attention as op
+from pallas_kernels.block_sparse_attention import mosaic_tpu, reference, tpu_plan
+from pallas_kernels.block_sparse_attention.mosaic_tpu import LoopConfig, Options
+from tests import tpu_interpret
+from tests.attention_inputs import normal, packed_segments, qkv, random_blocks
+
+SMALL = LoopConfig(2, 2, 2)        # short sequences then span steps, bodies, tiles and programs
+OPTIONS = Options(SMALL, SMALL, dense_forward=LoopConfig(2, 1, 1),
+                  dense_backward=LoopConfig(1, 2, 2), interpret=tpu_interpret.INTERPRET)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  batch: int = 1
+  tokens: int = 130
+  kv_heads: int = 1
+  group: int = 4
+  head_dim: int = 64
+  value_dim: int | None = None
+  picks: int = 3
+  block_size: int = 64
+  dtype: str = "float32"
+  sinks: bool = True
+  segmented: bool = False
+  options: Options = OPTIONS
+  launches: int = 1              # of the forward kernel, and
+  backward_launches: int = 1
+
+
+CASES = {
+  "batch_and_segments": Case(batch=2, tokens=200, kv_heads=2, segmented=True),
+  "group_of_one": Case(tokens=150, group=1, block_size=16, dtype="bfloat16", sinks=False),
+  "group_of_three": Case(tokens=70, kv_heads=2, group=3, head_dim=24, value_dim=40, block_size=8),
+  "wide_group": Case(tokens=100, group=16, head_dim=128, options=Options(
+    interpret=tpu_interpret.INTERPRET)),
+  "wide_heads": Case(tokens=70, group=8, head_dim=256, dtype="bfloat16", picks=2),
+  "key_segments": Case(tokens=250, block_size=16, picks=5, segmented=True, launches=2,
+                       backward_launches=4, options=dataclasses.replace(
+                         OPTIONS, vmem_bytes=int(7.75 * 2**20))),
+  "dense": Case(tokens=300, block_size=16, options=dataclasses.replace(OPTIONS, dense=True)),
+  "no_picks": Case(tokens=40, picks=0),
+}
+
+
+def inputs(case, seed=0):
+  heads = case.kv_heads * case.group
+  q, k, v = qkv(seed, case.batch, case.tokens, heads, case.kv_heads, case.head_dim,
+                case.value_dim, dtype=case.dtype)
+  picked = jnp.asarray(random_blocks(seed + 3, case.batch, case.kv_heads, case.tokens, case.picks,
+                                     case.block_size))
+  segments = None
+  if case.segmented:
+    segments = jnp.asarray(packed_segments(seed + 4, case.batch, case.tokens, padding=7))
+  arrays = [q, k, v] + ([normal(seed + 5, heads)] if case.sinks else [])
+  return arrays, picked, segments, normal(seed + 6, *q.shape[:3], v.shape[-1], dtype=case.dtype)
+
+
+def check(case, name, monkeypatch):
+  arrays, picked, segments, cotangent = inputs(case)
+  launched = []
+  call = mosaic_tpu.schedule.call
+  monkeypatch.setattr(mosaic_tpu.schedule, "call", lambda kernel, name, *args, **options: (
+    launched.append(name), call(kernel, name, *args, **options))[1])
+
+  def run(fn, **options):
+    def attend(q, k, v, sinks=None):
+      return fn(q, k, v, picked, block_size=case.block_size, sinks=sinks, segment_ids=segments,
+                scale=case.head_dim ** -0.5, **options), None
+    return jax.jit(lambda arrays, cotangent: tpu_interpret.value_and_grads(
+      attend, arrays, cotangent))
+
+  (out, _), grads = run(mosaic_tpu.block_sparse_attention, options=case.options)(arrays, cotangent)
+  single = [x.astype(jnp.float32) for x in arrays]
+  (want, _), expected = run(reference.block_sparse_attention)(
+    single, cotangent.astype(jnp.float32))
+  assert sum("forward" in x for x in launched) == case.launches, name
+  assert sum("backward" in x for x in launched) == case.backward_launches, name
+  assert out.dtype == arrays[0].dtype
+  tpu_interpret.assert_like_reference(out, want, case.dtype)
+  for got, wanted, array in zip(grads, expected, arrays, strict=True):
+    assert got.dtype == array.dtype
+    if case.picks:
+      tpu_interpret.assert_like_reference(got, wanted, case.dtype, grad=True)
+  tpu_interpret.no_races()
+  return out, picked, segments, grads
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_match_the_reference(name, monkeypatch):
+  case = CASES[name]
+  out, picked, segments, grads = check(case, name, monkeypatch)
+  if not case.sinks or case.segmented:
+    return
+  blind = np.repeat((np.asarray(picked) < 0).all(-1).transpose(0, 2, 1), case.group, axis=2)
+  assert blind.any() and not np.asarray(out)[blind].any()          # exactly 0
+  assert not np.asarray(grads[0])[blind].any()
+
+
+def test_padding_documents_see_nothing(monkeypatch):
+  case = Case(tokens=70, segmented=True, block_size=16, dtype="bfloat16")
+  out, _, segments, grads = check(case, "segmented", monkeypatch)
+  hidden = np.asarray(segments) == 0
+  assert hidden.any() and not np.asarray(out, np.float32)[hidden].any()
+  assert not any(np.asarray(g, np.float32)[hidden].any() for g in grads[:3])
+
+
+def test_large_queries_go_by_parts_of_the_heads(monkeypatch):
+  monkeypatch.setattr(mosaic_tpu, "_PART_BYTES", 1 << 14)
+  check(Case(tokens=64, kv_heads=2, block_size=16), "by parts", monkeypatch)
+
+
+@pytest.mark.parametrize("tokens, group, block_size, picks", [
+  (200, 4, 64, 5), (300, 1, 16, 4), (260, 16, 8, 3), (64, 8, 64, 32), (130, 32, 16, 2)])
+def test_plan_matches_loops(tokens, group, block_size, picks):
+  rng = np.random.default_rng(0)
+  blocks = -(-tokens // block_size)
+  # No blocks, future blocks, blocks that are not there, the same block twice.
+  picked = rng.integers(-1, blocks + 2, (2, 2, tokens, picks)).astype(np.int32)
+  plan = jax.jit(tpu_plan.make_plan, static_argnames=("group", "block_size"))(
+    picked, group=group, block_size=block_size)
+  tile, seen = plan.tile_tokens, np.zeros((2, 2, tokens, blocks), bool)
+  assert tile * group == 128
+  for at in np.ndindex(2, 2, tokens):
+    for block in picked[at]:
+      if 0 <= block <= at[2] // block_size:
+        seen[(*at, block)] = True
+  for b, k, start in np.ndindex(2, 2, -(-tokens // tile)):
+    union = np.flatnonzero(seen[b, k, start * tile:(start + 1) * tile].any(0))[::-1]
+    count = int(plan.counts[b, k, start])
+    assert count == len(union)
+    assert plan.blocks[b, k, start, :count].tolist() == union.tolist()
+  assert (members(plan, blocks) == seen).all()
+  dense = plan.dense()
+  assert (members(dense, blocks) == seen).all()
+  last = np.minimum((np.arange(dense.counts.shape[-1]) + 1) * tile * 4 - 1, tokens - 1)
+  assert (np.asarray(dense.counts) == last // block_size + 1).all()
+
+
+def members(plan, blocks):
+  """bool [B,K,T,C] of a plan."""
+  listed, words, counts = (np.asarray(x) for x in (plan.blocks, plan.words, plan.counts))
+  out = np.zeros((*counts.shape[:2], plan.tokens, blocks), bool)
+  for b, k, start in np.ndindex(counts.shape):
+    count = counts[b, k, start]
+    assert not words[b, k, start, :, count:].any() or plan.tile_tokens * plan.group > 128
+    for i in range(min(plan.tile_tokens, plan.tokens - start * plan.tile_tokens)):
+      hit = (words[b, k, start, i // 32, :count] >> (i % 32)) & 1
+      out[b, k, start * plan.tile_tokens + i, listed[b, k, start, :count]] = hit
+  return out
+
+
+@pytest.mark.parametrize("generation, picks, want", [
+  ("v5e", 16, False), ("v6e", 16, True), ("v6e", 1, False), (None, 16, False)])
+def test_wide_unions_go_dense_where_that_is_cheaper(monkeypatch, generation, picks, want):
+  monkeypatch.setattr(mosaic_tpu, "tpu_generation", lambda: generation)
+  tokens = 512
+  picked = np.where(np.arange(picks) <= np.arange(tokens)[:, None] // 64, np.arange(picks), -1)
+  plan = tpu_plan.make_plan(jnp.asarray(picked[None, None], jnp.int32), 4)
+  run = lambda plan, options: jnp.array([plan.tile_tokens, options.forward.blocks_per_step])
+  for forced in (None, True, False):
+    options = Options(LoopConfig(3, 1, 1), dense_forward=LoopConfig(5, 1, 1), dense=forced)
+    expected = [128, 5] if (want if forced is None else forced) else [32, 3]
+    assert mosaic_tpu.choose(plan, options, run).tolist() == expected
+
+
+@pytest.mark.parametrize("change, named", [
+  (dict(dtype="float16"), "q dtype float16"), (dict(head_dim=257), "q head dim 257"),
+  (dict(value_dim=300), "v head dim 300"), (dict(block_size=24, dtype="bfloat16"), "block_size 24"),
+  (dict(group=129), "G=129")])
+def test_limits_are_named(change, named):
+  case = dataclasses.replace(Case(tokens=64, block_size=16, head_dim=16), **change)
+  arrays, picked, _, _ = inputs(case)
+  with pytest.raises(NotImplementedError, match=named):
+    op(*arrays[:3], picked, block_size=case.block_size, implementation="mosaic_tpu")
+
+
+def test_other_errors_are_named():
+  arrays, picked, _, _ = inputs(Case(tokens=64))
+  plan = tpu_plan.make_plan(picked, 8)
+  with pytest.raises(ValueError, match=r"plan is for .* = \(8, 64, 64\); wanted \(4, 64, 64\)"):
+    mosaic_tpu.block_sparse_attention(*arrays[:3], picked, plan=plan)
+  with pytest.raises(ValueError, match="steps_per_body: got 0"):
+    LoopConfig(1, 0, 1)
+  with pytest.raises(NotImplementedError, match="do not fit 1 MiB of VMEM"):
+    mosaic_tpu.block_sparse_attention(
+      *arrays[:3], picked, options=dataclasses.replace(OPTIONS, vmem_bytes=1 << 20))

@@ -1,0 +1,113 @@
+"""Every TPU kernel compiled for TPUs that are not there: what overflows VMEM or HBM fails here."""
+
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from experiments import tpu_cases
+from pallas_kernels import tpu
+from pallas_kernels.named_shapes import AttentionShape
+from pallas_kernels.oracle_attention import mosaic_tpu
+
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="libtpu is not published for this platform")
+
+HEADS = {"7b": (32, 8), "80b": (64, 4)}
+# Op: its kernels in the compiled program, and what it may take of HBM beyond arguments and results,
+# in units of q's bytes: tile-order copies of q, out, dout and their kin, dq in float32. A [T, C]
+# array of scores would be 16 units at 8k and 256 at 128k for heads of 128 in bfloat16.
+OPS = {
+  "oracle_attention": (("oracle_attention_forward", "attention_backward"), 8),
+  "sliding_window_attention": (("attention_forward", "attention_backward"), 8),
+}
+
+
+def nbytes(x):
+  return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("tokens", [8_192, 32_768, 131_072])
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("op", OPS)
+def test_forward_and_backward_compile(op, generation, tokens, heads):
+  num_heads, kv_heads = HEADS[heads]
+  shape = AttentionShape(tokens=tokens, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=128)
+  fn, arrays = tpu_cases.case(op, shape, "fwd_bwd")
+  lowered = tpu.lower_for(generation, fn, *arrays)
+  kernels, units = OPS[op]
+  text = lowered.as_text()
+  for kernel in kernels:
+    assert f'kernel_name = "{kernel}"' in text
+  memory = lowered.compile().memory_analysis()
+  assert memory.temp_size_in_bytes <= units * nbytes(arrays[0])
+  assert (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+          <= tpu.GENERATIONS[generation].hbm_bytes)
+
+
+@pytest.mark.parametrize("generation", ["v5p", "v6e"])
+def test_a_million_tokens(generation):
+  """q, k and v as a projection leaves them, heads side by side: v6e has no room for a copy of q."""
+  def forward(q, k, v):
+    q, k, v = (x.reshape(1, 2**20, -1, 128) for x in (q, k, v))
+    out, picked = mosaic_tpu.oracle_attention(
+      q, k, v, block_size=64, num_blocks=16, segment_ids=None, scale=0.1)
+    return out.reshape(1, 2**20, -1), picked
+
+  arrays = [jax.ShapeDtypeStruct((1, 2**20, heads * 128), jnp.bfloat16) for heads in (32, 8, 8)]
+  memory = tpu.compile_for(generation, forward, *arrays).memory_analysis()
+  assert memory.temp_size_in_bytes < nbytes(arrays[0])
+
+
+@pytest.mark.parametrize("op, dtype, head_dim, group", [
+  ("oracle_attention", "float32", 256, 4), ("oracle_attention", "bfloat16", 256, 16),
+  ("oracle_attention", "float32", 64, 1), ("sliding_window_attention", "float32", 256, 4),
+  ("sliding_window_attention", "bfloat16", 64, 8)])
+def test_other_dtypes_head_dims_and_groups_compile(op, dtype, head_dim, group):
+  """On v5p, whose VMEM is the smallest, with segments."""
+  shape = AttentionShape(batch=2, tokens=8_000, num_heads=2 * group, num_kv_heads=2,
+                         head_dim=head_dim)
+  fn, arrays = tpu_cases.case(op, shape, "fwd_bwd", dtype, segmented=True)
+  memory = tpu.compile_for("v5p", fn, *arrays).memory_analysis()
+  assert memory.generated_code_size_in_bytes > 0
+
+
+def test_overflows_are_errors():
+  def greedy(x):
+    def body(x_ref, out_ref, scratch):
+      step = pl.program_id(0)
+      scratch[step] = x_ref[...]
+      out_ref[...] = scratch[step ^ 1]
+    return pl.pallas_call(
+      body, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), grid=(65_536,),
+      scratch_shapes=[pltpu.VMEM((65_536, 8, 128), jnp.float32)],
+      compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tpu.vmem_limit()))(x)
+
+  x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="vmem|VMEM|Vmem"):
+    tpu.compile_for("v5e", greedy, x)
+  big = jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="hbm|HBM|Hbm"):
+    tpu.compile_for("v5e", lambda x: x + 1, big)
+
+
+def test_facts_are_jaxs_own():
+  for name, facts in tpu.GENERATIONS.items():
+    with jax.sharding.use_abstract_mesh(tpu.mesh(name).abstract_mesh):
+      info = pltpu.get_tpu_info()
+    assert (facts.vmem_bytes, facts.cores) == (info.vmem_capacity_bytes, info.num_cores)
+    assert facts.hbm_bytes == info.hbm_capacity_bytes * info.num_cores
+    assert facts.hbm_bytes_per_second == info.mem_bw_bytes_per_second * info.num_cores
+    assert facts.clock_hz * facts.flops_per_bundle == pytest.approx(
+      info.bf16_ops_per_second, rel=1e-3)
+
+
+def test_without_libtpu_one_line(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(RuntimeError, match=r"^compiling for TPU needs libtpu; pip install .*txt$"):
+    tpu.mesh("v5e")

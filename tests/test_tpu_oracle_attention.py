@@ -1,0 +1,164 @@
+"""`oracle_attention` on TPU against the reference, in TPU interpret mode at its strictest."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import tpu, tpu_attention
+from pallas_kernels.oracle_attention import mosaic_tpu, reference
+from tests import tpu_interpret
+from tests.attention_inputs import normal, packed_segments, qkv, small_integers
+
+SCALE = 0.1
+
+
+def both(segments=None, block_size=16, num_blocks=3, scale=SCALE):
+  """Kernel and reference as functions (q, k, v) -> (out, indices)."""
+  options = dict(block_size=block_size, num_blocks=num_blocks, scale=scale,
+                 segment_ids=None if segments is None else jnp.asarray(segments))
+  return (functools.partial(mosaic_tpu.oracle_attention, interpret=tpu_interpret.INTERPRET,
+                            **options),
+          functools.partial(reference.oracle_attention, **options))
+
+
+# batch, tokens, heads, kv_heads, head dim, v dim, dtype, block size, picks, padded tokens or None
+CASES = {
+  "group of 1, ragged": (2, 290, 1, 1, 64, 64, "float32", 16, 3, None),
+  "group of 4, documents": (1, 250, 4, 1, 128, 128, "bfloat16", 16, 16, 30),
+  "group of 8, wide": (1, 150, 8, 1, 256, 256, "float32", 8, 5, 11),
+  "group of 16": (1, 256, 16, 1, 64, 64, "bfloat16", 8, 16, None),
+  "two kv heads, other v dim": (1, 180, 6, 2, 40, 72, "float32", 24, 1, 7),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_gradients_and_indices(case, monkeypatch):
+  B, T, N, K, H, E, dtype, block_size, picks, padding = CASES[case]
+  tpu_interpret.small_tiles(monkeypatch)
+  segments = None if padding is None else packed_segments(3, B, T, padding=padding)
+  inputs = qkv(1, B, T, N, K, H, E, dtype=dtype)
+  cotangent = normal(5, B, T, N, E, dtype=dtype)
+  kernel, plain = both(segments, block_size, picks)
+  (out, indices), grads = tpu_interpret.value_and_grads(kernel, inputs, cotangent)
+  tpu_interpret.no_races()
+  (want, want_indices), want_grads = tpu_interpret.value_and_grads(
+    plain, tpu_interpret.as_float32(inputs), cotangent)
+  assert out.dtype == dtype
+  tpu_interpret.assert_like_reference(out, want, dtype)
+  np.testing.assert_array_equal(indices, want_indices)
+  for grad, want_grad in zip(grads, want_grads):
+    assert grad.dtype == dtype
+    tpu_interpret.assert_like_reference(grad, want_grad, dtype, grad=True)
+  if segments is not None:
+    assert (np.asarray(out)[segments == 0] == 0).all()
+    assert (np.asarray(indices).transpose(0, 2, 1, 3)[segments == 0] == -1).all()
+
+
+def test_default_tiles_and_blocks_of_64():
+  inputs = qkv(2, 1, 1030, 2, 1, 64)
+  kernel, plain = both(None, 64, 16)
+  out, indices = kernel(*inputs)
+  tpu_interpret.no_races()
+  want, want_indices = plain(*inputs)
+  tpu_interpret.assert_like_reference(out, want, "float32")
+  np.testing.assert_array_equal(indices, want_indices)
+
+
+def test_planted_ties_go_to_the_lower_block(monkeypatch):
+  """Keys repeat with period 16, so blocks 0, 2, 4, ... hold equal keys and tie exactly.
+
+  72 blocks: ties within and across the 64 that one iteration compares, and across sublanes.
+  """
+  tpu_interpret.small_tiles(monkeypatch, queries=256, keys=256)
+  q = small_integers(5, 1, 576, 2, 8)
+  k = jnp.tile(small_integers(6, 1, 16, 1, 8), (1, 36, 1, 1))
+  v = normal(7, 1, 576, 1, 8)
+  kernel, plain = both(None, 8, 11, scale=1.0)
+  out, indices = kernel(q, k, v)
+  want, want_indices = plain(q, k, v)
+  np.testing.assert_array_equal(indices, want_indices)
+  tpu_interpret.assert_like_reference(out, want, "float32")
+  assert (np.diff(indices[0, 0, -1]) == 2).all()      # the last query: 11 of 36 equal blocks
+
+
+def test_all_keys_equal_picks_the_first_blocks():
+  q, k = small_integers(8, 1, 80, 4, 8), jnp.ones((1, 80, 2, 8))
+  _, indices = both(None, 8, 3)[0](q, k, k)
+  np.testing.assert_array_equal(
+    indices[0, 1], [[i if i <= t // 8 else -1 for i in range(3)] for t in range(80)])
+
+
+def test_weights_that_underflow_keep_their_order():
+  """Block i's logits are -200 i: every weight but block 0's is 0 in float32."""
+  logits = -200.0 * np.asarray([0, 5, 2, 9, 1, 7])
+  k = jnp.asarray(np.repeat(logits, 8), jnp.float32)[None, :, None, None]
+  q, v = jnp.ones((1, 48, 1, 1)), normal(9, 1, 48, 1, 1)
+  _, indices = both(None, 8, 3, scale=1.0)[0](q, k, v)
+  np.testing.assert_array_equal(indices[0, 0, 47], [0, 2, 4])
+  np.testing.assert_array_equal(indices[0, 0, 31], [0, 1, 2])
+
+
+def test_a_segment_that_comes_back_is_one_segment(monkeypatch):
+  tpu_interpret.small_tiles(monkeypatch)
+  segments = np.repeat([[3, 1, 0, 3, 2, 1]], 35, axis=1).astype(np.int32)
+  inputs = qkv(4, 1, 210, 2, 1, 16)
+  kernel, plain = both(segments, 8, 12)
+  out, indices = kernel(*inputs)
+  want, want_indices = plain(*inputs)
+  tpu_interpret.assert_like_reference(out, want, "float32")
+  np.testing.assert_array_equal(indices, want_indices)
+
+
+def test_no_blocks_is_plain_causal_attention():
+  inputs = qkv(10, 2, 65, 4, 2, 16)
+  kernel, plain = both(None, 7, 0)
+  out, indices = kernel(*inputs)
+  assert indices.shape == (2, 2, 65, 0) and indices.dtype == jnp.int32
+  tpu_interpret.assert_like_reference(out, plain(*inputs)[0], "float32")
+
+
+@pytest.mark.parametrize("names, kernels", [
+  ((), 3), (("oracle_out", "oracle_lse", "oracle_block_indices"), 2)])
+def test_saved_names_spare_the_forward_kernel_under_remat(names, kernels):
+  def loss(q):
+    out, picked = mosaic_tpu.oracle_attention(
+      q, q, q, block_size=64, num_blocks=4, segment_ids=None, scale=SCALE)
+    return jnp.sin(out).sum() + picked.sum()
+
+  policy = jax.checkpoint_policies.save_only_these_names(*names)
+  step = jax.value_and_grad(jax.checkpoint(loss, policy=policy))
+  text = tpu.lower_for("v5e", step, jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.float32)).as_text()
+  assert text.count("@tpu_custom_call") == kernels
+
+
+def test_tiles_fit_the_smallest_vmem():
+  for tokens, group in ((8192, 4), (131072, 4), (131072, 16), (2**20, 4), (2**20, 16)):
+    tiles = tpu_attention.forward_tiles(tokens, group, 512, block_size=64, num_blocks=16)
+    held = tiles.heads + (tiles.heads < group)
+    assert 4 * held * tokens // 64 * tiles.queries <= 0.6 * 2**26
+    assert group % tiles.heads == 0
+  with pytest.raises(NotImplementedError, match="T=33554432 has 524288 blocks of 64"):
+    tpu_attention.forward_tiles(2**25, 4, 512, block_size=64, num_blocks=16)
+
+
+@pytest.mark.parametrize("change, message", [
+  (dict(dtype="float16"), "q, k, v are float16; wanted all bfloat16 or all float32"),
+  (dict(head_dim=264), "head dim 264; wanted at most 256"),
+  (dict(block_size=7), "block_size=7; wanted a multiple of 8"),
+  (dict(block_size=512), "block_size=512; wanted a multiple of 8"),
+])
+def test_what_is_not_covered_is_named(change, message):
+  x = jnp.zeros((1, 16, 1, change.get("head_dim", 8)), change.get("dtype", "float32"))
+  with pytest.raises(NotImplementedError) as error:
+    pallas_kernels.oracle_attention(x, x, x, block_size=change.get("block_size", 8),
+                                    implementation="mosaic_tpu")
+  assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tpu_is_its_platform():
+  from pallas_kernels.oracle_attention import api
+  assert api._BY_PLATFORM["tpu"] == "mosaic_tpu" in api._AVAILABLE

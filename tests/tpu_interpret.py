@@ -1,0 +1,49 @@
+"""What the tests of TPU kernels share: strict interpret mode, small tiles, comparisons."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import compat, tpu, tpu_attention
+from pallas_kernels.tpu_attention_backward import BackwardTiles
+from pallas_kernels.tpu_attention_forward import ForwardTiles
+from tests.tolerances import assert_close
+
+INTERPRET = tpu.interpret_params()
+
+
+def small_tiles(monkeypatch, queries=128, keys=128, chunk=256, heads=2):
+  """Makes short sequences span several tiles, chunks and parts of a group."""
+  monkeypatch.setattr(tpu_attention, "LARGEST_FORWARD", ForwardTiles(queries, keys, heads))
+  monkeypatch.setattr(tpu_attention, "LARGEST_BACKWARD",
+                      BackwardTiles(queries, queries, chunk, heads))
+
+
+def no_races():
+  assert not compat.tpu_races_found()
+
+
+def value_and_grads(op, inputs, cotangent):
+  """(out, aux), gradients of every input; op returns (out, aux)."""
+  out, pullback, aux = jax.vjp(op, *inputs, has_aux=True)
+  return (out, aux), pullback(cotangent.astype(out.dtype))
+
+
+def assert_like_reference(got, want, dtype, grad=False):
+  """Elementwise for float32; in the Euclidean norm where q, k, v, and so the weights, are bfloat16.
+
+  Args:
+    got: result or gradient of the kernel; want: of the reference in float32.
+    dtype: of q, k and v.
+    grad: whether it is a gradient.
+  """
+  assert got.shape == want.shape
+  if dtype == "float32":
+    assert_close(got, want, "attention_grad_f32" if grad else "attention_f32")
+    return
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert_close(np.linalg.norm(got - want) / np.linalg.norm(want), 0.0, "mxu_bf16_norm")
+
+
+def as_float32(arrays):
+  return [x.astype(jnp.float32) for x in arrays]
