@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hysparse_jax import sharding
 from hysparse_jax.config import ModelConfig
 
 
@@ -55,6 +56,15 @@ def init_cache(cfg: ModelConfig, batch: int, max_tokens: int) -> DecodeState:
       zeros(*ring, cfg.head_dim) if has_ring else None,
       zeros(*ring, cfg.v_dim) if has_ring else None))
   return DecodeState(jnp.zeros((batch,), jnp.int32), tuple(groups))
+
+
+def shardings(state: DecodeState, mesh: jax.sharding.Mesh) -> DecodeState:
+  """A NamedSharding for every leaf: sequences over the batch axes, KV heads over `tensor`."""
+  place = lambda *names: jax.sharding.NamedSharding(mesh, sharding.spec(names))
+  full, ring = (place(*stack, "batch", None, "kv_heads", None) for stack in ((None,), (None, None)))
+  return DecodeState(place("batch"), tuple(
+    GroupCache(full, full, *((ring, ring) if group.ring_k is not None else (None, None)))
+    for group in state.groups))
 
 
 def append_full(cache: GroupCache, block, k, v, positions, valid) -> GroupCache:

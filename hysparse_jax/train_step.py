@@ -54,16 +54,17 @@ def build(cfg: Config, mesh: jax.sharding.Mesh) -> Program:
   def new_model(key):
     return model.Transformer(cfg.model, rngs=nnx.Rngs(key))
 
-  with jax.set_mesh(mesh):
-    abstract_model = jax.eval_shape(new_model, jax.random.key(0))
+  key = jax.eval_shape(lambda: jax.random.key(0))      # nothing runs: the devices may be absent
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    abstract_model = jax.eval_shape(new_model, key)
   tx = optim.make_optimizer(cfg.optim, cfg.train.steps, abstract_model)
 
   def init(key):
     params = new_model(key)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), guard.init())
 
-  with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(init, jax.random.key(0))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    abstract = jax.eval_shape(init, key)
   state_sharding = sharding.shardings(abstract, mesh)
   rows = sharding.batch_sharding(mesh)
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

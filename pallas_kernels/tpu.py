@@ -79,6 +79,21 @@ def vmem_limit():
   return vmem_bytes() * 15 // 16
 
 
+def topology(name):
+  """libtpu's description of a slice, such as "v5p:2x2x1"; its `devices` are absent.
+
+  Raises:
+    RuntimeError: libtpu is not installed, or knows no such slice.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise RuntimeError("compiling for TPU needs libtpu; pip install -r requirements-dev.txt")
+  if jax.config.jax_platforms == "cpu":      # a TPU VM knows better
+    for variable, value in COMPILER_ENVIRONMENT.items():
+      os.environ.setdefault(variable, value)
+  from jax.experimental import topologies
+  return topologies.get_topology_desc(platform="tpu", topology_name=name)
+
+
 def mesh(generation, *axes):
   """A mesh of the described, absent devices of a generation.
 
@@ -89,17 +104,10 @@ def mesh(generation, *axes):
   Raises:
     RuntimeError: libtpu is not installed.
   """
-  if importlib.util.find_spec("libtpu") is None:
-    raise RuntimeError("compiling for TPU needs libtpu; pip install -r requirements-dev.txt")
-  if jax.config.jax_platforms == "cpu":      # a TPU VM knows better
-    for name, value in COMPILER_ENVIRONMENT.items():
-      os.environ.setdefault(name, value)
-  from jax.experimental import topologies
-  topology = topologies.get_topology_desc(
-    platform="tpu", topology_name=GENERATIONS[generation].topology)
+  devices = topology(GENERATIONS[generation].topology).devices
   axes = axes or (("x", 1),)
   shape = [size for _, size in axes]
-  devices = np.asarray(topology.devices[:int(np.prod(shape))]).reshape(shape)
+  devices = np.asarray(devices[:int(np.prod(shape))]).reshape(shape)
   return jax.sharding.Mesh(devices, [name for name, _ in axes])
 
 
