@@ -1,10 +1,15 @@
-"""Times the attention kernels against cuDNN's dense attention in the same process.
+"""Times the attention kernels against the platform's dense attention in the same process.
 
     python -m experiments.bench_kernels --op=block_sparse_attention --shape=7b_32k --json
+    python -m experiments.bench_kernels --platform=tpu_static --op=oracle_attention --shape=7b_32k
 
 One row for each selection and pass: a short table, or with --json one JSON object a line, which
 --append also adds to a file. A time is the median of 20 samples of queued calls. `floor_percent`
 is the share of PEAK_TFLOPS, a large bf16 matrix product's measured rate, that useful work makes.
+
+--platform=gpu needs a Hopper GPU, its peer is cuDNN; --platform=tpu a TPU, its peer is splash
+attention; --platform=tpu_static needs neither: it counts the instruction bundles of the TPU
+compiler's schedules (`tpu_cost.row`). Counts are not timings.
 """
 
 import functools
@@ -16,28 +21,29 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+import pallas_kernels
 from experiments import cli, rows, selections
 from hysparse_jax.errors import UserError
-from pallas_kernels import named_shapes
-from pallas_kernels.block_sparse_attention import gpu as block_sparse_gpu
-from pallas_kernels.hybrid_sparse_attention import gpu as hybrid_gpu
-from pallas_kernels.oracle_attention import mosaic_gpu as oracle_gpu
-from pallas_kernels.sliding_window_attention import gpu as window_gpu
+from pallas_kernels import named_shapes, tpu
 
 OPS = ("oracle_attention", "block_sparse_attention", "sliding_window_attention",
        "hybrid_sparse_attention", "index_plan")
 UNSELECTIVE = ("oracle_attention", "sliding_window_attention")   # take no picks
-IMPL = {"oracle_attention": "mosaic_gpu+cudnn_backward"}
+PASSES = {"gpu": ("fwd", "fwd_bwd"), "tpu": ("fwd", "fwd_bwd"), "tpu_static": ("fwd", "bwd")}
+KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+PEERS = {"gpu": "cudnn_dense", "tpu": "splash"}
 AT_32K = ("trace", "early", "walk r=0.5", "walk r=1", "walk r=2", "random")
 ELSEWHERE = ("walk r=1", "random")
 PEAK_TFLOPS = 790.0     # H200, 8192 x 8192 x 8192, random bf16
 
+_PLATFORM = flags.DEFINE_enum("platform", "gpu", list(PASSES), "What runs, or is counted.")
+_GENERATION = flags.DEFINE_list("generation", ["v5e", "v5p", "v6e"], "TPUs of tpu_static.")
 _OP = flags.DEFINE_list("op", ["block_sparse_attention"], "Which: " + ", ".join(OPS))
 _SHAPE = flags.DEFINE_list("shape", ["7b_32k"], "Which of " + ", ".join(named_shapes.LARGE))
 _SELECTION = flags.DEFINE_list("selection", None, "Which selections; default all of the shape.")
-_PASS = flags.DEFINE_list("pass", ["fwd", "fwd_bwd"], "fwd, fwd_bwd or both.")
+_PASS = flags.DEFINE_list("pass", None, "Which of fwd and fwd_bwd (tpu_static: bwd); default all.")
 _SAMPLES = flags.DEFINE_integer("samples", 20, "Samples whose median counts.", lower_bound=1)
-_HOT = flags.DEFINE_integer("hot_threshold", None, "Overrides the plan's default.")
+_HOT = flags.DEFINE_integer("hot_threshold", None, "Of the GPU's plan, instead of the default.")
 
 
 def median_ms(run, *arguments):
@@ -79,30 +85,52 @@ def useful_flops(picks, shape, name):
   return 4.0 * keys * group * shape.head_dim
 
 
-def dense(arrays, _):
-  """cuDNN's causal attention over every key."""
-  return jax.nn.dot_product_attention(*arrays[:3], is_causal=True, implementation="cudnn"), ()
+def dense(platform, shape):
+  """forward(arrays, _) -> (out, aux): causal attention over every key, by the platform's peer."""
+  if platform == "gpu":
+    return lambda arrays, _: (jax.nn.dot_product_attention(
+      *arrays[:3], is_causal=True, implementation="cudnn"), ())
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  mask = masks.MultiHeadMask([masks.CausalMask((shape.tokens,) * 2)] * shape.num_heads)
+  sizes = splash.BlockSizes(
+    block_q=512, block_kv=1024, block_kv_compute=1024, block_q_dkv=512, block_kv_dkv=1024,
+    block_kv_dkv_compute=1024, block_q_dq=512, block_kv_dq=1024)
+  kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
+
+  def forward(arrays, _):
+    q, k, v = (x.swapaxes(1, 2) for x in arrays[:3])
+    return jax.vmap(kernel)(q * shape.head_dim ** -0.5, k, v).swapaxes(1, 2), ()
+
+  return forward
 
 
-def make_call(op, shape, arrays):
+def make_call(op, shape, arrays, implementation):
   """forward(arrays, (indices, plan)) -> (out, aux) of an op, and the arrays it takes."""
   q, k, v, k_local, v_local, gate, sinks = arrays
+  run = functools.partial(getattr(pallas_kernels, op), implementation=implementation)
   if op == "oracle_attention":
-    return (lambda a, _: oracle_gpu.oracle_attention(
-      *a, block_size=64, num_blocks=shape.num_blocks, segment_ids=None,
-      scale=shape.head_dim ** -0.5)), (q, k, v)
+    return (lambda a, _: run(*a, num_blocks=shape.num_blocks)), (q, k, v)
   if op == "block_sparse_attention":
-    return (lambda a, f: (block_sparse_gpu.block_sparse_attention(
-      *a[:3], f[0], sinks=a[3], plan=f[1]), ())), (q, k, v, sinks)
+    return (lambda a, f: (run(*a[:3], f[0], sinks=a[3], plan=f[1]), ())), (q, k, v, sinks)
   if op == "sliding_window_attention":
-    return (lambda a, _: (window_gpu.sliding_window_attention(
-      *a[:3], window=shape.window, sinks=a[3]), ())), (q, k, v, sinks)
-  return (lambda a, f: (hybrid_gpu.hybrid_sparse_attention(
-    a[0], a[1], a[2], f[0], a[3], a[4], a[5], a[6], sinks_sparse=a[7], sinks_local=a[7],
-    window=shape.window, plan=f[1]), ())), (q, k, v, k_local, v_local, gate, gate, sinks)
+    return (lambda a, _: (run(*a[:3], window=shape.window, sinks=a[3]), ())), (q, k, v, sinks)
+  return (lambda a, f: (run(*a[:3], f[0], *a[3:7], a[7], a[7], window=shape.window, plan=f[1]),
+                        ())), (q, k, v, k_local, v_local, gate, gate, sinks)
 
 
-def bench(shape_name, ops, names, passes, emit):
+def make_planner(shape, implementation):
+  """indices -> the plan that the selective ops take, jitted."""
+  if _HOT.value is not None:
+    from pallas_kernels.block_sparse_attention import gpu
+    return jax.jit(functools.partial(
+      gpu.make_plan, group=shape.num_heads // shape.num_kv_heads, hot_threshold=_HOT.value))
+  return jax.jit(functools.partial(
+    pallas_kernels.plan_blocks, num_heads=shape.num_heads, implementation=implementation))
+
+
+def bench(platform, shape_name, ops, names, passes, emit):
   """Rows of one shape; the dense peer is timed once, here, and shared by them."""
   shape = named_shapes.LARGE[shape_name]
   keys = jax.random.split(jax.random.key(0), 7)
@@ -112,17 +140,17 @@ def bench(shape_name, ops, names, passes, emit):
   arrays = (draw(0, n), draw(1, k), draw(2, k), draw(3, k), draw(4, k),
             jax.nn.sigmoid(draw(5, n)), jnp.linspace(-1.0, 2.0, n))
   dout = draw(6, n)
-  planner = jax.jit(functools.partial(
-    block_sparse_gpu.make_plan, group=n // k, hot_threshold=_HOT.value))
+  planner = make_planner(shape, KERNELS[platform])
+  whole = dense(platform, shape)
   compiled = {}                      # (op, pass): jitted once, the plan is an argument
   peer = {}
   if "fwd" in passes or "index_plan" in ops:
-    peer["fwd"] = median_ms(jax.jit(dense), arrays[:3], None)
+    peer["fwd"] = median_ms(jax.jit(whole), arrays[:3], None)
   if "fwd_bwd" in passes:
-    peer["fwd_bwd"] = median_ms(jax.jit(with_backward(dense)), arrays[:3], None, dout)
+    peer["fwd_bwd"] = median_ms(jax.jit(with_backward(whole)), arrays[:3], None, dout)
 
   def time_op(op, row, picks, fixed):
-    forward, inputs = make_call(op, shape, arrays)
+    forward, inputs = make_call(op, shape, arrays, KERNELS[platform])
     flops = useful_flops(picks, shape, op)
     for which in passes:
       given = (inputs, fixed) + (() if which == "fwd" else (dout,))
@@ -133,9 +161,10 @@ def bench(shape_name, ops, names, passes, emit):
       memory = run.memory_analysis()
       ms = median_ms(run, *given)
       tflops = flops * (1 if which == "fwd" else 3.5) / ms / 1e9
-      emit(row | {"pass": which, "impl": IMPL.get(op, "mosaic_gpu+triton"), "ms": ms,
-                  "peer": "cudnn_dense", "peer_ms": peer[which], "speedup": peer[which] / ms,
-                  "useful_tflops": tflops, "floor_percent": 100 * tflops / PEAK_TFLOPS,
+      if platform == "gpu":
+        row |= {"floor_percent": 100 * tflops / PEAK_TFLOPS}
+      emit(row | {"pass": which, "impl": KERNELS[platform], "ms": ms, "peer": PEERS[platform],
+                  "peer_ms": peer[which], "speedup": peer[which] / ms, "useful_tflops": tflops,
                   "temp_bytes": memory.temp_size_in_bytes,
                   "peak_bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes
                   + memory.argument_size_in_bytes})
@@ -152,30 +181,68 @@ def bench(shape_name, ops, names, passes, emit):
       row = dict(op=op, shape=shape_name, selection=name)
       if op == "index_plan":
         ms = median_ms(planner, indices)
-        emit(row | {"pass": "fwd", "impl": "xla", "ms": ms, "peer": "cudnn_dense",
+        emit(row | {"pass": "fwd", "impl": "xla", "ms": ms, "peer": PEERS[platform],
                     "peer_ms": peer["fwd"], "speedup": peer["fwd"] / ms})
       else:
         time_op(op, row, picks, (indices, plan))
 
 
+def count(op, shape_name, generation, which, peers):
+  """A row of `tpu_cost`, with its ratios to the kernels it stands beside.
+
+  peers: {(op, shape, generation): row} counted so far; grows.
+  """
+  from experiments import tpu_cost
+
+  def estimated(peer):
+    key = peer, shape_name, generation
+    if key not in peers:
+      peers[key] = tpu_cost.row(*key, "fwd")
+    return peers[key]["estimated_ms"]
+
+  row = tpu_cost.row(op, shape_name, generation, which)
+  if which == "fwd":
+    splash = estimated("splash_attention")
+    row |= {"peer": "splash", "peer_ms": splash, "speedup": splash / row["estimated_ms"]}
+    if op == "oracle_attention":
+      row |= {"cost_of_choosing": row["estimated_ms"] / estimated("causal_attention")}
+  return row
+
+
 def main(argv):
-  """Times what the flags name."""
+  """Times or counts what the flags name."""
   del argv
+  platform = _PLATFORM.value
+  passes = _PASS.value or PASSES[platform]
   for given, known, what in ((_OP.value, OPS, "op"), (_SHAPE.value, named_shapes.LARGE, "shape"),
-                             (_PASS.value, ("fwd", "fwd_bwd"), "pass")):
+                             (passes, PASSES[platform], "pass"),
+                             (_GENERATION.value, tpu.GENERATIONS, "generation")):
     if not set(given) <= set(known):
       raise UserError(f"--{what}: got {','.join(given)}, want some of {', '.join(known)}")
-  if jax.default_backend() != "gpu":
-    raise UserError(f"needs a GPU, found {jax.default_backend()}")
+  if platform == "tpu_static":
+    peers = {}
+    for shape_name in _SHAPE.value:
+      for generation in _GENERATION.value:
+        for op in _OP.value:
+          for which in passes:
+            row = count(op, shape_name, generation, which, peers)
+            rows.emit(row, f"{op:26} {shape_name:8} {generation:4} {which:4}"
+                           f"{row['bundles_per_step']:8} bundles a step"
+                           f"{100 * row['mxu_share']:6.1f} % of the MXU floor"
+                           f"{row['estimated_ms']:9.2f} ms estimated"
+                           f"{row.get('speedup', 0):7.2f}x splash", device=None)
+    return
+  if jax.default_backend() != platform:
+    raise UserError(f"--platform={platform}: found {jax.default_backend()}")
 
   def emit(row):
     rows.emit(row, f"{row['op']:26} {row['shape']:8} {row.get('selection', ''):10} "
-                   f"{row['pass']:8}{row['ms']:9.3f} ms {row['speedup']:7.2f}x dense"
+                   f"{row['pass']:8}{row['ms']:9.3f} ms {row['speedup']:7.2f}x {PEERS[platform]}"
                    f"{row.get('useful_tflops', 0):8.1f} TFLOP/s{row.get('floor_percent', 0):6.1f} %"
                    f"{row.get('peak_bytes', 0) / 2**30:7.2f} GiB")
 
   for shape_name in _SHAPE.value:
-    bench(shape_name, _OP.value, _SELECTION.value, _PASS.value, emit)
+    bench(platform, shape_name, _OP.value, _SELECTION.value, passes, emit)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,18 @@ _APPEND = flags.DEFINE_string("append", None, "File to add the rows to, one JSON
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to name in the rows; default git's.")
 
 
-def emit(row: dict, line: str):
+def emit(row: dict, line: str, device: str | None = "here"):
   """Prints `line`, or with --json the row, and appends the row to the file of --append.
 
-  Floats are rounded to four places; device, jax, commit and date are added.
+  Floats are rounded to four places; device (None: nothing ran on one), jax, commit and date are
+  added.
   """
   row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-  row |= dict(device=jax.devices()[0].device_kind, jax=jax.__version__,
-              commit=_COMMIT.value or _git_commit(), date=datetime.date.today().isoformat())
+  if device == "here":
+    device = jax.devices()[0].device_kind
+  row |= {} if device is None else {"device": device}
+  row |= dict(jax=jax.__version__, commit=_COMMIT.value or _git_commit(),
+              date=datetime.date.today().isoformat())
   if _APPEND.value:
     with open(_APPEND.value, "a") as file:
       file.write(json.dumps(row) + "\n")
