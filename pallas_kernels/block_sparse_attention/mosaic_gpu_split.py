@@ -43,6 +43,7 @@ class SplitConfig:
   programs: int = 132                       # one a multiprocessor of an H100 or H200
   consumer_registers: int = 240
   producer_registers: int = 24
+  joint: bool = True                        # overlap a warpgroup's two subtiles
 
   def __post_init__(self):
     if not 2 <= self.slots <= 5:
@@ -172,11 +173,12 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
       return pl.run_state(
         lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot]))(plgpu.ACC.init(acc))
 
-    def attend(state, at, s, slot, block, word, masked, window):
-      """One block of a subtile; word None: all its tokens picked it."""
-      acc, row_max, row_sum = state
+    def weigh(scores, row_max, row_sum, at, s, block, word, masked, window):
+      """Weights of a subtile's scores, the new (row_max, row_sum) and how the old ones shrink.
+
+      word None: all tokens of the subtile picked the block.
+      """
       batch, _, tile = at
-      scores = scores_of(s, slot)
       if masked or segment_ref is not None:
         row = token + splat(tile * tokens + subs[s] * each, _ROW)
         key = iota(_FULL, (ROWS, BLOCK), 1) + block * BLOCK
@@ -202,11 +204,42 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
         subtract = jnp.where(picked, new_max, -_MASKED)
       shrink = jnp.exp2(row_max - new_max)
       weights = jnp.exp2(scores * (scale * _LOG2E) - spread(subtract))
-      row_sum = row_sum * shrink + weights.sum(axis=1)
-      acc = acc * widen(shrink)
-      low = weights.astype(dtype)
-      acc, row_sum, new_max, low = lax.optimization_barrier((acc, row_sum, new_max, low))
-      return add_values(acc, low, slot), new_max, row_sum
+      return weights, new_max, row_sum * shrink + weights.sum(axis=1), shrink
+
+    def attend(state, at, s, slot, *block):
+      """One block of a subtile: scores, weights and the weighted values, in turn."""
+      acc, row_max, row_sum = state
+      weights, row_max, row_sum, shrink = weigh(
+        scores_of(s, slot), row_max, row_sum, at, s, *block)
+      acc, low = acc * widen(shrink), weights.astype(dtype)
+      acc, row_sum, row_max, low = lax.optimization_barrier((acc, row_sum, row_max, low))
+      return add_values(acc, low, slot), row_max, row_sum
+
+    def attend_both(states, at, slot, *block):
+      """One block of both subtiles: the second's weights while the first's values are added."""
+      if interpret:
+        return tuple(attend(state, at, s, slot, *block) for s, state in enumerate(states))
+      (acc0, max0, sum0), (acc1, max1, sum1) = states
+      weights, max0, sum0, shrink = weigh(scores_of(0, slot), max0, sum0, at, 0, *block)
+      acc0, low = acc0 * widen(shrink), weights.astype(dtype)
+      acc0, sum0, max0, low = lax.optimization_barrier((acc0, sum0, max0, low))
+
+      def run(state_refs):
+        acc_ref, max_ref, sum_ref, shrink_ref, weights_ref = state_refs
+
+        def products(scores_ref):
+          plgpu.wgmma(scores_ref, q_smem.at[wg, 1], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+          plgpu.wgmma(acc_ref, low, v_smem.at[slot])
+          return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+
+        scores = pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+        weights_ref[...], max_ref[...], sum_ref[...], shrink_ref[...] = weigh(
+          scores, max_ref[...], sum_ref[...], at, 1, *block)
+
+      acc0, max1, sum1, shrink, weights = pl.run_state(run)(
+        (plgpu.ACC.init(acc0), max1, sum1, sum1, splat(jnp.float32(0), _FULL, (ROWS, BLOCK))))
+      acc1 = add_values(acc1 * widen(shrink), weights.astype(dtype), slot)
+      return (acc0, max0, sum0), (acc1, max1, sum1)
 
     def nothing():
       return tuple((splat(jnp.float32(0), _FULL, (ROWS, head_dim)),
@@ -229,9 +262,11 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
       def step(i, states):
         slot = slot_of(base + i)
         plgpu.barrier_wait(ready.at[slot])
-        states = tuple(
-          attend(state, at, s, slot, own_block(at[2]) - i, None, True, window)
-          for s, state in enumerate(states))
+        block = own_block(at[2]) - i, None, True, window
+        if config.joint:
+          states = attend_both(states, at, slot, *block)
+        else:
+          states = tuple(attend(state, at, s, slot, *block) for s, state in enumerate(states))
         plgpu.barrier_arrive(free.at[slot])
         return states
 
@@ -248,16 +283,25 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
         following = jnp.minimum(i + 1, steps - 1)
         following = refs["blocks"][(*at, following)], refs["words"][(*at, following)]
         plgpu.barrier_wait(ready.at[slot])
-        done = []
-        for s, state in enumerate(states):
-          mine = lax.bitwise_and(
-            lax.shift_right_logical(word, subs[s] * each), jnp.int32((1 << each) - 1))
-          done.append(lax.cond(
-            mine != 0,
-            lambda *state, s=s: attend(state, at, s, slot, block, word, masked, None),
-            lambda *state: state, *state))
+        block_args = at, slot, block, word, masked, None
+        any_picked = [
+          lax.bitwise_and(lax.shift_right_logical(word, sub * each),
+                          jnp.int32((1 << each) - 1)) != 0 for sub in subs]
+        only = lambda states, s: tuple(
+          attend(state, at, s, slot, *block_args[2:]) if i == s else state
+          for i, state in enumerate(states))
+        if config.joint and not masked:
+          which = any_picked[0].astype(jnp.int32) + 2 * any_picked[1].astype(jnp.int32)
+          states = lax.switch(
+            which, [lambda *states: states, lambda *states: only(states, 0),
+                    lambda *states: only(states, 1),
+                    lambda *states: attend_both(states, *block_args)], *states)
+        else:
+          for s, picked in enumerate(any_picked):
+            states = lax.cond(
+              picked, lambda *states, s=s: only(states, s), lambda *states: states, *states)
         plgpu.barrier_arrive(free.at[slot])
-        return (tuple(done), *following)
+        return (states, *following)
 
       carry = step(jnp.int32(0), (nothing(), block, word), masked=True)
       return lax.fori_loop(1, steps, step, carry)[0]
