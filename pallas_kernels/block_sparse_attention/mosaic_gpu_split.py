@@ -43,10 +43,12 @@ class SplitConfig:
   programs: int = 132                       # one a multiprocessor of an H100 or H200
   consumer_registers: int = 240
   producer_registers: int = 24
-  joint: bool = True                        # overlap a warpgroup's two subtiles
+  order: str = "together"                   # of a warpgroup's two subtiles: turn, joint, together
+  query_buffers: int = 1
+  auto_barriers: bool = False
 
   def __post_init__(self):
-    if not 2 <= self.slots <= 5:
+    if not 2 <= self.slots <= 7 - 2 * self.query_buffers:
       raise ValueError(f"slots: got {self.slots}, want 2 to 5 (of 32 KiB, beside 64 KiB)")
     if 2 * self.consumer_registers + self.producer_registers > 504:
       raise ValueError(f"registers: got 2 x {self.consumer_registers} + "
@@ -154,16 +156,19 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
     token = lax.div(iota(_ROW, (ROWS,), 0), splat(jnp.int32(group), _ROW))
     subs = [wg * SUBTILES + s for s in range(SUBTILES)]
 
-    def load_queries(at):
-      for s, sub in enumerate(subs):
-        token_boxes(at, sub, q_ref, q_smem.at[wg, s], q_ready.at[wg])
+    now = {}
 
-    def scores_of(s, slot):
+    def load_queries(at, buffer):
+      for s, sub in enumerate(subs):
+        token_boxes(at, sub, q_ref, q_smem.at[wg, buffer, s],
+                    q_ready.at[wg * config.query_buffers + buffer])
+
+    def scores_of(s, slot, at):
       if interpret:                         # interpret mode knows wgmma in part: plain products
-        return jnp.dot(q_smem[wg, s], k_smem[slot].T, preferred_element_type=jnp.float32)
+        return jnp.dot(q_smem[wg, now["buffer"], s], k_smem[slot].T, preferred_element_type=jnp.float32)
 
       def run(acc):
-        plgpu.wgmma(acc, q_smem.at[wg, s], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+        plgpu.wgmma(acc, q_smem.at[wg, now["buffer"], s], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
         return acc[...]
       return pl.run_scoped(run, plgpu.ACC((ROWS, BLOCK), jnp.float32))
 
@@ -210,17 +215,47 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
       """One block of a subtile: scores, weights and the weighted values, in turn."""
       acc, row_max, row_sum = state
       weights, row_max, row_sum, shrink = weigh(
-        scores_of(s, slot), row_max, row_sum, at, s, *block)
+        scores_of(s, slot, at), row_max, row_sum, at, s, *block)
       acc, low = acc * widen(shrink), weights.astype(dtype)
       acc, row_sum, row_max, low = lax.optimization_barrier((acc, row_sum, row_max, low))
       return add_values(acc, low, slot), row_max, row_sum
 
+    def attend_together(states, at, slot, *block):
+      """One block of both subtiles, each stage of both before the next stage."""
+      (acc0, max0, sum0), (acc1, max1, sum1) = states
+      if interpret:
+        scores = [scores_of(s, slot, at) for s in range(SUBTILES)]
+      else:
+        def products(first, second):
+          keys = plgpu.transpose_ref(k_smem.at[slot], (1, 0))
+          plgpu.wgmma(first, q_smem.at[wg, now["buffer"], 0], keys)
+          plgpu.wgmma(second, q_smem.at[wg, now["buffer"], 1], keys)
+          return first[...], second[...]
+
+        scores = pl.run_scoped(products, *[plgpu.ACC((ROWS, BLOCK), jnp.float32)] * 2)
+      weights0, max0, sum0, shrink0 = weigh(scores[0], max0, sum0, at, 0, *block)
+      weights1, max1, sum1, shrink1 = weigh(scores[1], max1, sum1, at, 1, *block)
+      acc0, acc1 = acc0 * widen(shrink0), acc1 * widen(shrink1)
+      low0, low1 = weights0.astype(dtype), weights1.astype(dtype)
+      acc0, acc1, low0, low1 = lax.optimization_barrier((acc0, acc1, low0, low1))
+      if interpret:
+        acc0, acc1 = add_values(acc0, low0, slot), add_values(acc1, low1, slot)
+      else:
+        def values(acc_refs):
+          plgpu.wgmma(acc_refs[0], low0, v_smem.at[slot])
+          plgpu.wgmma(acc_refs[1], low1, v_smem.at[slot])
+
+        acc0, acc1 = pl.run_state(values)((plgpu.ACC.init(acc0), plgpu.ACC.init(acc1)))
+      return (acc0, max0, sum0), (acc1, max1, sum1)
+
     def attend_both(states, at, slot, *block):
       """One block of both subtiles: the second's weights while the first's values are added."""
+      if config.order == "together":
+        return attend_together(states, at, slot, *block)
       if interpret:
         return tuple(attend(state, at, s, slot, *block) for s, state in enumerate(states))
       (acc0, max0, sum0), (acc1, max1, sum1) = states
-      weights, max0, sum0, shrink = weigh(scores_of(0, slot), max0, sum0, at, 0, *block)
+      weights, max0, sum0, shrink = weigh(scores_of(0, slot, at), max0, sum0, at, 0, *block)
       acc0, low = acc0 * widen(shrink), weights.astype(dtype)
       acc0, sum0, max0, low = lax.optimization_barrier((acc0, sum0, max0, low))
 
@@ -228,7 +263,7 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
         acc_ref, max_ref, sum_ref, shrink_ref, weights_ref = state_refs
 
         def products(scores_ref):
-          plgpu.wgmma(scores_ref, q_smem.at[wg, 1], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+          plgpu.wgmma(scores_ref, q_smem.at[wg, now["buffer"], 1], plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
           plgpu.wgmma(acc_ref, low, v_smem.at[slot])
           return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
 
@@ -246,10 +281,9 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
                     splat(jnp.float32(_LOW), _ROW), splat(jnp.float32(0), _ROW))
                    for _ in range(SUBTILES))
 
-    def finish(state, sink_ref, kv, s):
+    def finish(state, sink):
       """The normalised output and its log-sum-exp, the sink counted."""
       acc, row_max, row_sum = state
-      sink = compat.load(sink_ref.at[kv, subs[s]], _ROW, interpret)
       new_max = jnp.maximum(row_max, sink)
       shrink = jnp.exp2(row_max - new_max)
       row_sum = row_sum * shrink + jnp.exp2(sink - new_max)
@@ -259,11 +293,13 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
       return acc * widen(jnp.where(some, shrink / safe, 0.0)), lse
 
     def run_window(at, base):
+      sink = compat.load(refs["sink_local"].at[at[1]], _ROW, interpret)
+
       def step(i, states):
         slot = slot_of(base + i)
         plgpu.barrier_wait(ready.at[slot])
         block = own_block(at[2]) - i, None, True, window
-        if config.joint:
+        if config.order != "turn":
           states = attend_both(states, at, slot, *block)
         else:
           states = tuple(attend(state, at, s, slot, *block) for s, state in enumerate(states))
@@ -272,11 +308,11 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
 
       states = lax.fori_loop(0, windowed(at[2]), step, nothing())
       for s, state in enumerate(states):
-        out, lse = finish(state, refs["sink_local"], at[1], s)
+        out, lse = finish(state, sink)
         refs["out_local"][(*at, subs[s])] = out.astype(dtype)
         refs["lse_local"][(*at, subs[s])] = lse
 
-    def run_picks(at, base, steps, block, word):
+    def run_picks(at, base, steps, block, word, then):
       def step(i, carry, masked=False):
         states, block, word = carry
         slot = slot_of(base + i)
@@ -290,7 +326,7 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
         only = lambda states, s: tuple(
           attend(state, at, s, slot, *block_args[2:]) if i == s else state
           for i, state in enumerate(states))
-        if config.joint and not masked:
+        if config.order != "turn" and not masked:
           which = any_picked[0].astype(jnp.int32) + 2 * any_picked[1].astype(jnp.int32)
           states = lax.switch(
             which, [lambda *states: states, lambda *states: only(states, 0),
@@ -304,6 +340,7 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
         return (states, *following)
 
       carry = step(jnp.int32(0), (nothing(), block, word), masked=True)
+      then()
       return lax.fori_loop(1, steps, step, carry)[0]
 
     def gated(out, at, s, base):
@@ -331,15 +368,27 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
       base, batch, kv, tile, steps, block, word = carry
       at = batch, kv, tile
       following_tile = read_tile(index + 1)
-      plgpu.barrier_wait(q_ready.at[wg])
+      buffers = config.query_buffers
+      buffer = now["buffer"] = lax.rem(index, jnp.int32(buffers))
+      sink = compat.load(refs["sink"].at[kv], _ROW, interpret)
+      plgpu.barrier_wait(q_ready.at[wg * buffers + buffer])
       if local:
         run_window(at, base)
         base = base + windowed(tile)
-      states = run_picks(at, base, steps, block, word)
+
+      def load_following():
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(index + 1 < rounds)
+        def _():
+          load_queries(following_tile[:3], lax.rem(index + 1, jnp.int32(buffers)))
+
+      states = run_picks(at, base, steps, block, word,
+                         load_following if buffers == 2 else lambda: None)
       base = base + steps
       pass_over(base, 1)
       for s, state in enumerate(states):
-        out, lse = finish(state, refs["sink"], kv, s)
+        out, lse = finish(state, sink)
         refs["lse"][(*at, subs[s])] = lse
         if refs["store"] is not None:
           @pl.when(refs["store"][at] != 0)
@@ -349,18 +398,15 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
           out = gated(out, at, s, base)
           if elementwise:
             plgpu.barrier_arrive(free.at[slot_of(base + subs[s])])
-        q_smem[wg, s] = out.astype(dtype)
+        q_smem[wg, buffer, s] = out.astype(dtype)
       plgpu.commit_smem()
       for s, sub in enumerate(subs):
         for i in range(each):
           plgpu.copy_smem_to_gmem(
-            q_smem.at[wg, s, pl.ds(i * group, group)],
+            q_smem.at[wg, buffer, s, pl.ds(i * group, group)],
             out_ref.at[batch, tile * tokens + sub * each + i, pl.ds(kv * group, group)])
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-      @pl.when(index + 1 < rounds)
-      def _():
-        load_queries(following_tile[:3])
+      if buffers == 1:
+        load_following()
       pass_over(base, 0)
       return (base + gate_items,) + following_tile
 
@@ -369,7 +415,7 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
       return (*at, refs["counts"][at], refs["blocks"][(*at, 0)], refs["words"][(*at, 0)])
 
     first = read_tile(jnp.int32(0))
-    load_queries(first[:3])
+    load_queries(first[:3], 0)
     lax.fori_loop(0, rounds, run_tile, (jnp.int32(0),) + first)
     plgpu.wait_smem_to_gmem(0)
 
@@ -384,6 +430,9 @@ def _split_kernel(refs, scratch, *, shape, config, programs, scale, window, inte
       @pl.when(item >= slots)
       def _():
         plgpu.barrier_wait(free.at[slot])
+
+      if not interpret:                     # no warp may fall behind by two phases of a barrier
+        hopper.named_barrier_sync(8, 128)
       return slot
 
     def bring(item, k_ref, v_ref, batch, kv, block):
@@ -447,9 +496,9 @@ def split_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, local=N
 
   def sink_rows(sinks):
     rows = jnp.full((n,), -jnp.inf, jnp.float32) if sinks is None else sinks * _LOG2E
-    rows = jnp.tile(rows.astype(jnp.float32).reshape(kv_heads, 1, 1, group),
-                    (1, subtiles, each, 1))
-    return rows.reshape(kv_heads, subtiles, ROWS)
+    rows = jnp.tile(rows.astype(jnp.float32).reshape(kv_heads, 1, group),
+                    (1, each, 1))
+    return rows.reshape(kv_heads, ROWS)
 
   def rows_of(x):
     """[B,T,N] -> [B,K,L,subtiles,64], as the kernel's rows run."""
@@ -484,10 +533,10 @@ def split_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, local=N
       outputs["out_sparse"] = jax.ShapeDtypeStruct((*rows, h), q.dtype)
   programs = min(config.programs, b * kv_heads * tiles)
   scratch = (
-    hopper.swizzled((2, SUBTILES, ROWS, h), q.dtype, interpret),
+    hopper.swizzled((2, config.query_buffers, SUBTILES, ROWS, h), q.dtype, interpret),
     hopper.swizzled((config.slots, BLOCK, h), q.dtype, interpret),
     hopper.swizzled((config.slots, BLOCK, h), q.dtype, interpret),
-    plgpu.Barrier(num_arrivals=SUBTILES * each, num_barriers=2),
+    plgpu.Barrier(num_arrivals=SUBTILES * each, num_barriers=2 * config.query_buffers),
     plgpu.Barrier(num_arrivals=2, num_barriers=config.slots),
     plgpu.Barrier(num_arrivals=2, num_barriers=config.slots))
   if elementwise:
@@ -504,6 +553,7 @@ def split_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, local=N
   results = compat.mosaic_gpu_kernel(
     body, out=tuple(outputs.values()), scratch=scratch, interpret=interpret, grid=(programs,),
     grid_names=("program",), num_threads=3, thread_name="wg",
+    compiler_options={"unsafe_no_auto_barriers": not interpret and not config.auto_barriers},
   )(*operands.values())
   got = dict(zip(outputs, results))
   for name in ("lse", "lse_local"):

@@ -28,7 +28,6 @@ class KeyMajorConfig:
   forward_rows: int = 128          # query rows (tokens x G heads) of a step
   forward_warps: int = 4
   forward_stages: int = 2
-  forward_programs: int = 528      # at most: each takes every forward_programs-th piece of work
   backward_rows: int = 128
   backward_warps: int = 8
   backward_stages: int = 2
@@ -62,44 +61,45 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr
                    segment_ptr, first_row, part_ptr, lse_ptr, T: tl.constexpr,
                    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
                    C: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-                   PROGRAMS: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
-  """Partial outputs and log-sum-exps of the rare picks of a block, a piece of work at a time.
+                   SCALE: tl.constexpr, SEGMENTS: tl.constexpr):
+  """Partial outputs and log-sum-exps of one program's picks of one block.
 
   A token's parts are stored side by side, one for each of its rare picks.
   """
-  last = tl.load(first_ptr + (first_row + ROWS) * C)
-  for program in range(tl.load(first_ptr + first_row * C) + tl.program_id(0), last, PROGRAMS):
-    start = tl.load(start_ptr + program)
-    end = tl.load(end_ptr + program)
-    group = tl.load(group_ptr + program)
-    row = (group // C).to(tl.int64)
-    batch = row // K
-    kv = row % K
-    key = (group % C) * 64 + tl.arange(0, 64)
-    d = tl.arange(0, H)
-    kv_at = ((batch * T + key) * K + kv)[:, None] * H + d[None, :]
-    keys = tl.load(k_ptr + kv_at)
-    values = tl.load(v_ptr + kv_at)
-    lane = tl.arange(0, TOKENS * G)
-    head = lane % G
-    for base in range(start, end, TOKENS):
-      at = base + lane // G
-      live = at < end
-      entry = tl.load(entry_ptr + at, mask=live, other=0)
-      token = entry // P
-      query = (batch * T + token) * (K * G) + kv * G + head
-      queries = tl.load(q_ptr + query[:, None] * H + d[None, :])
-      scores = tl.dot(queries, tl.trans(keys)) * (SCALE * _LOG2E)
-      scores = tl.where(_visible(token, key, batch, segment_ptr, T, SEGMENTS, 0), scores, _MASKED)
-      high = tl.maximum(tl.max(scores, 1), _LOW)
-      weights = tl.exp2(scores - high[:, None])
-      total = tl.sum(weights, 1)
-      safe = tl.where(total > 0, total, 1.0)
-      out = tl.dot(weights.to(values.dtype), values) * (1.0 / safe)[:, None]
-      to = ((row - first_row) * (T * P) + entry) * G + head
-      tl.store(part_ptr + to[:, None] * H + d[None, :], out.to(part_ptr.dtype.element_ty),
-               mask=live[:, None])
-      tl.store(lse_ptr + to, tl.where(total > 0, high + tl.log2(safe), _MASKED), mask=live)
+  program = tl.program_id(0) + tl.load(first_ptr + first_row * C)
+  if program >= tl.load(first_ptr + (first_row + ROWS) * C):
+    return
+  start = tl.load(start_ptr + program)
+  end = tl.load(end_ptr + program)
+  group = tl.load(group_ptr + program)
+  row = (group // C).to(tl.int64)
+  batch = row // K
+  kv = row % K
+  key = (group % C) * 64 + tl.arange(0, 64)
+  d = tl.arange(0, H)
+  kv_at = ((batch * T + key) * K + kv)[:, None] * H + d[None, :]
+  keys = tl.load(k_ptr + kv_at)
+  values = tl.load(v_ptr + kv_at)
+  lane = tl.arange(0, TOKENS * G)
+  head = lane % G
+  for base in range(start, end, TOKENS):
+    at = base + lane // G
+    live = at < end
+    entry = tl.load(entry_ptr + at, mask=live, other=0)
+    token = entry // P
+    query = (batch * T + token) * (K * G) + kv * G + head
+    queries = tl.load(q_ptr + query[:, None] * H + d[None, :])
+    scores = tl.dot(queries, tl.trans(keys)) * (SCALE * _LOG2E)
+    scores = tl.where(_visible(token, key, batch, segment_ptr, T, SEGMENTS, 0), scores, _MASKED)
+    high = tl.maximum(tl.max(scores, 1), _LOW)
+    weights = tl.exp2(scores - high[:, None])
+    total = tl.sum(weights, 1)
+    safe = tl.where(total > 0, total, 1.0)
+    out = tl.dot(weights.to(values.dtype), values) * (1.0 / safe)[:, None]
+    to = ((row - first_row) * (T * P) + entry) * G + head
+    tl.store(part_ptr + to[:, None] * H + d[None, :], out.to(part_ptr.dtype.element_ty),
+             mask=live[:, None])
+    tl.store(lse_ptr + to, tl.where(total > 0, high + tl.log2(safe), _MASKED), mask=live)
 
 
 @triton.jit
@@ -344,8 +344,6 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, g
   segments = jnp.zeros((1,), jnp.int32) if segment_ids is None else segment_ids
   sink_values = jnp.zeros((1,), jnp.float32) if sinks is None else sinks
   none = jnp.zeros((1,), q.dtype)
-  programs = min(each * (entries // plan.config.forward_entries + blocks),
-                 config.forward_programs)
   old_out, old_lse = (None, None) if union is None else union
   sparse, keep = None, gates is not None and gates.keep
   if gates is not None:
@@ -360,9 +358,10 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, g
       segments, first_row,
       out_shape=(jax.ShapeDtypeStruct((each, entries, group, sizes["H"]), q.dtype),
                  jax.ShapeDtypeStruct((each, entries, group), jnp.float32)),
-      grid=(programs,), num_warps=config.forward_warps, num_stages=config.forward_stages,
-      C=blocks, ROWS=each, SCALE=float(scale), TOKENS=max(config.forward_rows // group, 1),
-      PROGRAMS=programs, SEGMENTS=segment_ids is not None, **sizes)
+      grid=(each * (entries // plan.config.forward_entries + blocks),),
+      num_warps=config.forward_warps, num_stages=config.forward_stages, C=blocks, ROWS=each,
+      SCALE=float(scale), TOKENS=max(config.forward_rows // group, 1),
+      SEGMENTS=segment_ids is not None, **sizes)
     given = none if sparse is None else sparse, old_lse, none if old_out is None else old_out
     given = (given[0], jnp.zeros((1,), jnp.float32) if old_lse is None else old_lse, given[2])
     aliases = {} if old_lse is None else {8: 1}
