@@ -19,10 +19,9 @@ from pallas_kernels.block_sparse_attention import index_plan, mosaic_gpu, mosaic
 # block product takes the whole chip 6.5 ns; a packed token of 4 heads, with the sum of its part,
 # 0.84 ns, and one of 16 heads 3.2 ns (LOG.md): break-even at 7.7 and 2.1 tokens.
 HOT_THRESHOLD = {4: 8, 8: 4, 16: 2}
-# At G = 16 a token packed costs what 64 rows of a tile do, so only tiles whose long lists keep
-# the L2 cache busier than the tensor cores (over 107 blocks for 16 tokens) pack what one token
-# picked alone.
-SPLIT_DENSE_TILE = 0.15
+# At G = 16 a token packed costs about what 64 rows of a tile do: singles are packed, but not in
+# tiles whose tokens list at most 48 blocks (walks), so that there the packed pass has no work.
+SPLIT_DENSE_TILE = 0.33
 _LOG2E = 1.4426950408889634
 
 
@@ -58,31 +57,36 @@ def is_split(plan, group):
   return group == 16 and plan.config.tile_tokens == mosaic_gpu_split.tile_tokens(group)
 
 
-def _forward(q, k, v, sinks, segment_ids, plan, scale, window):
+def hot_forward(q, k, v, plan, **options):
+  """The hot picks of a plan with some: (out, lse); `options` as of `mosaic_gpu.union_forward`."""
+  if is_split(plan, q.shape[2] // k.shape[2]):
+    return mosaic_gpu_split.split_forward(q, k, v, plan, **options)
+  return mosaic_gpu.union_forward(q, k, v, plan, **options)
+
+
+def forward(q, k, v, sinks, segment_ids, plan, scale, window):
+  """All picks of a plan, padded sizes: out [B,T,N,H] and its base-2 log-sum-exp f32 [B,T,N]."""
   config = plan.config
+  options = dict(scale=scale, segment_ids=segment_ids)
   union = None
   if config.has_hot:
-    if is_split(plan, q.shape[2] // k.shape[2]):
-      union = mosaic_gpu_split.split_forward(
-        q, k, v, plan, scale=scale, sinks=sinks, segment_ids=segment_ids)[:2]
-    else:
-      union = mosaic_gpu.union_forward(
-        q, k, v, plan, scale=scale, sinks=sinks, segment_ids=segment_ids, window=window)
+    limit = {} if window is None else dict(window=window)
+    union = hot_forward(q, k, v, plan, sinks=sinks, **limit, **options)
     if not config.has_rare:
       return union
   from pallas_kernels.block_sparse_attention import triton
 
-  return triton.forward(q, k, v, plan, scale=scale, union=union,
-                        sinks=sinks if union is None else None, segment_ids=segment_ids)
+  return triton.forward(
+    q, k, v, plan, union=union, sinks=sinks if union is None else None, **options)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _attention(q, k, v, sinks, segment_ids, plan, scale, window):
-  return _forward(q, k, v, sinks, segment_ids, plan, scale, window)[0]
+  return forward(q, k, v, sinks, segment_ids, plan, scale, window)[0]
 
 
 def _attention_fwd(q, k, v, sinks, segment_ids, plan, scale, window):
-  out, lse = _forward(q, k, v, sinks, segment_ids, plan, scale, window)
+  out, lse = forward(q, k, v, sinks, segment_ids, plan, scale, window)
   return out, (q, k, v, sinks, segment_ids, plan, out, lse)
 
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat, hopper
+from pallas_kernels import compat
 
 ROWS = 64                                   # query rows of a warpgroup: the M of wgmma
 BLOCK = 64                                  # keys of a block
@@ -40,7 +40,6 @@ class UnionConfig:
   blocks_per_step: int = 2
   stages: int = 2                           # steps of K and V in flight
   programs: int = 132                       # one a multiprocessor of an H100 or H200
-  auto_barriers: bool = True
 
   def __post_init__(self):
     if self.blocks_per_step not in (1, 2):
@@ -241,8 +240,6 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
         @pl.when(index >= 2)
         def _(half_index=half_index):
           plgpu.barrier_wait(q_free.at[buffer * 2 + half_index])
-        if not interpret:
-          hopper.named_barrier_sync(8, 128)
         for g in range(half):
           plgpu.copy_gmem_to_smem(
             q_ref.at[batch, pl.ds(tile * tokens, tokens), kv * group + half_index * half + g],
@@ -257,8 +254,6 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
           @pl.when(base + step >= stages)
           def _(free=free):
             plgpu.barrier_wait(free.at[slot])
-          if not interpret:                 # no warp may fall behind by two phases of a barrier
-            hopper.named_barrier_sync(8, 128)
           for i in range(per_step):
             plgpu.copy_gmem_to_smem(gmem.at[batch, pl.ds(listed[i] * BLOCK, BLOCK), kv],
                                     smem.at[slot, pl.ds(i * BLOCK, BLOCK)], ready.at[slot])
@@ -335,7 +330,6 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, window=
          jax.ShapeDtypeStruct((b, kv_heads, tiles, 2, ROWS), jnp.float32)),
     scratch=scratch, interpret=interpret, grid=(programs,),
     grid_names=("program",), num_threads=3, thread_name="wg",
-    compiler_options={"unsafe_no_auto_barriers": not interpret and not config.auto_barriers},
   )(q, k, v, plan.blocks, plan.words, plan.counts, plan.order, sink_rows, *segments)
   lse = lse.reshape(b, kv_heads, tiles, group, tokens).transpose(0, 2, 4, 1, 3)
   return out, lse.reshape(b, t, n)

@@ -108,19 +108,18 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, local_ptr, gate_s
                    lse_ptr, kept_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
                    H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr,
                    UNION: tl.constexpr, SINKS: tl.constexpr, GATED: tl.constexpr,
-                   GATE_HEADS: tl.constexpr, BY_HEAD: tl.constexpr, EVERY: tl.constexpr,
-                   KEEP: tl.constexpr):
+                   GATE_HEADS: tl.constexpr, KEEP: tl.constexpr):
   """One softmax out of a token's rare parts and, with UNION, of the hot picks' output.
 
-  With GATED the hot picks' output is at `sparse_ptr` and what is stored is gated and added to the
-  gated local branch; KEEP stores the ungated sum too. Else it is what the output holds already. A
-  program takes STEPS times TOKENS tokens, and leaves those without rare picks alone unless EVERY.
-  BY_HEAD: the branches are [B,K,T,G,H] instead of [B,T,N,H].
+  With GATED the hot picks' output is at `sparse_ptr`; the sum is gated and added to the gated
+  local branch, and KEEP stores it before the gates too. Else the hot picks' output is what `out`
+  holds already, and tokens without rare picks are left alone. A program takes STEPS times TOKENS
+  tokens.
   """
   row = first_row + tl.program_id(1).to(tl.int64)
   batch = row // K
   kv = row % K
-  if not EVERY:
+  if UNION and not GATED:
     counts = tl.load(rare_ptr + row * T + tl.program_id(0) * (STEPS * TOKENS)
                      + tl.arange(0, STEPS * TOKENS))
     if tl.max(counts, 0) == 0:
@@ -132,12 +131,9 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, local_ptr, gate_s
     token = (tl.program_id(0) * STEPS + step) * TOKENS + lane // G
     count = tl.load(rare_ptr + row * T + token)
     most = tl.max(count, 0)
-    if EVERY or most > 0:
+    if not UNION or GATED or most > 0:
       query = (batch * T + token) * (K * G) + kv * G + head
       at = query[:, None] * H + d[None, :]
-      branch_at = at
-      if BY_HEAD:
-        branch_at = ((row * T + token) * G + head)[:, None] * H + d[None, :]
       first = (tl.program_id(1).to(tl.int64) * T + token) * (P * G) + head
       high = tl.full([TOKENS * G], _LOW, tl.float32)
       if UNION:
@@ -155,7 +151,7 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, local_ptr, gate_s
         weight = tl.exp2(union_lse - high)
         total += weight
         if GATED:
-          union = tl.load(sparse_ptr + branch_at)
+          union = tl.load(sparse_ptr + at)
         else:
           union = tl.load(old_out_ptr + at)
         acc += weight[:, None] * union.to(tl.float32)
@@ -173,11 +169,11 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, local_ptr, gate_s
       tl.store(lse_ptr + query, tl.where(total > 0, high + tl.log2(safe), _MASKED))
       if GATED:
         if KEEP:
-          tl.store(kept_ptr + branch_at, acc.to(kept_ptr.dtype.element_ty))
+          tl.store(kept_ptr + at, acc.to(kept_ptr.dtype.element_ty))
         gate_at = at
         if GATE_HEADS:
           gate_at = query[:, None] + tl.zeros([1, H], tl.int32)
-        local = tl.load(local_ptr + branch_at).to(tl.float32)
+        local = tl.load(local_ptr + at).to(tl.float32)
         gate_local = tl.load(gate_local_ptr + gate_at).to(tl.float32)
         acc = acc * tl.load(gate_sparse_ptr + gate_at).to(tl.float32) + local * gate_local
       tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty))
@@ -310,17 +306,13 @@ def _after(arrays, done):
 class Gates:
   """What turns the sparse branch's output into the layer's, in the sum of the parts.
 
-  sparse, local: the branches before the gates, [B,T,N,H] or, with `by_head`, [B,K,T,G,H]; gates
-  [B,T,N,H] or [B,T,N,1]. `out`: the layer's output [B,T,N,H] where tokens without rare picks have
-  it already, or None where no token has. `keep`: bring `sparse` up to date and return it.
+  local [B,T,N,H]: the other branch; gate_sparse, gate_local [B,T,N,H] or [B,T,N,1]. `keep`: also
+  return the sparse branch before its gate.
   """
 
-  sparse: jax.Array
   local: jax.Array
   gate_sparse: jax.Array
   gate_local: jax.Array
-  by_head: bool
-  out: jax.Array | None
   keep: bool
 
 
@@ -330,8 +322,8 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, g
 
   q [B,T,N,H], k, v [B,T,K,H], sinks f32 [N] -> out [B,T,N,H], base-2 lse f32 [B,T,N], the sink
   included; a row that sees no key has out 0. `union` counts the sinks already: give one of them.
-  Its memory is reused, and only the tokens with rare picks are touched. With `gates` (where
-  `union` is (None, lse)) out is the layer's, and the third result the sparse branch's or None.
+  Its memory is reused, and only the tokens with rare picks are touched. With `gates`, for which
+  there must be a `union` -> the layer's out, lse, and the sparse branch's out or None.
   """
   config = config or KeyMajorConfig()
   sizes = _sizes(q, k, plan)
@@ -343,16 +335,15 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, g
   steps = min(config.combine_steps, 64 // combine_tokens)
   segments = jnp.zeros((1,), jnp.int32) if segment_ids is None else segment_ids
   sink_values = jnp.zeros((1,), jnp.float32) if sinks is None else sinks
-  none = jnp.zeros((1,), q.dtype)
-  old_out, old_lse = (None, None) if union is None else union
-  sparse, keep = None, gates is not None and gates.keep
+  none, keep = jnp.zeros((1,), q.dtype), gates is not None and gates.keep
+  out, lse = (None, None) if union is None else union
+  sparse, branches = none, (none,) * 3
   if gates is not None:
-    old_out, sparse = gates.out, gates.sparse
-  every = union is None or (gates is not None and gates.out is None)
-  branches = (none,) * 3 if gates is None else (gates.local, gates.gate_sparse, gates.gate_local)
+    out, sparse = None, out
+    branches = gates.local, gates.gate_sparse, gates.gate_local
   for first_row in range(0, rows, each):
     if first_row:
-      q, k, v = _after((q, k, v), (old_out, old_lse))
+      q, k, v = _after((q, k, v), (out, lse))
     part, part_lse = _call(
       forward_kernel, q, k, v, plan.entries, work.group, work.starts, work.ends, work.first,
       segments, first_row,
@@ -362,23 +353,21 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, g
       num_warps=config.forward_warps, num_stages=config.forward_stages, C=blocks, ROWS=each,
       SCALE=float(scale), TOKENS=max(config.forward_rows // group, 1),
       SEGMENTS=segment_ids is not None, **sizes)
-    given = none if sparse is None else sparse, old_lse, none if old_out is None else old_out
-    given = (given[0], jnp.zeros((1,), jnp.float32) if old_lse is None else old_lse, given[2])
-    aliases = {} if old_lse is None else {8: 1}
-    aliases |= ({} if old_out is None else {9: 0}) | ({7: 2} if keep else {})
-    old_out, old_lse, kept = _call(
-      combine_kernel, part, part_lse, plan.rare, sink_values, *branches, *given, first_row,
+    aliases = ({} if lse is None else {8: 1}) | ({} if out is None else {9: 0})
+    out, lse, kept = _call(
+      combine_kernel, part, part_lse, plan.rare, sink_values, *branches, sparse,
+      jnp.zeros((1,), jnp.float32) if lse is None else lse, none if out is None else out,
+      first_row,
       out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),
                  jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
-                 jax.ShapeDtypeStruct(sparse.shape if keep else (1,), q.dtype)),
-      input_output_aliases=aliases,
+                 jax.ShapeDtypeStruct(q.shape if keep else (1,), q.dtype)),
+      input_output_aliases=aliases | ({7: 2} if keep else {}),
       grid=(sizes["T"] // (combine_tokens * steps), each), num_warps=config.combine_warps,
       num_stages=1, TOKENS=combine_tokens, STEPS=steps, UNION=union is not None,
       SINKS=sinks is not None, GATED=gates is not None,
-      GATE_HEADS=gates is not None and gates.gate_sparse.shape[-1] == 1,
-      BY_HEAD=gates is not None and gates.by_head, EVERY=every, KEEP=keep, **sizes)
+      GATE_HEADS=gates is not None and gates.gate_sparse.shape[-1] == 1, KEEP=keep, **sizes)
     sparse = kept if keep else sparse
-  return (old_out, old_lse) if gates is None else (old_out, old_lse, kept if keep else None)
+  return (out, lse) if gates is None else (out, lse, kept if keep else None)
 
 
 def backward(q, k, v, dout, lse, delta, plan, *, scale, segment_ids=None, window=None,

@@ -1,8 +1,7 @@
-"""The attention of a sparse layer on NVIDIA GPUs: both branches, gated and summed, fused.
+"""The attention of a sparse layer on NVIDIA GPUs: both branches' kernels, gated and summed.
 
-At G = 16 one kernel runs both branches and the gates (block_sparse_attention/mosaic_gpu_split.py)
-and only tokens with rare picks are gated again, in the sum of their parts. At smaller groups the
-window is a kernel of its own, and the sum of the parts gates and adds both branches.
+Where hot and rare picks meet, the kernel that sums their parts also gates that sum and adds the
+gated local branch: the sparse branch's output is not read and written once more for the gates.
 """
 
 import functools
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import gpu as block_sparse
-from pallas_kernels.block_sparse_attention import mosaic_gpu, mosaic_gpu_split
+from pallas_kernels.block_sparse_attention import mosaic_gpu
 from pallas_kernels.sliding_window_attention import gpu as sliding_window
 
 _LOG2E = block_sparse._LOG2E
@@ -20,39 +19,24 @@ _LOG2E = block_sparse._LOG2E
 def _forward(q, k_shared, v_shared, k_local, v_local, gates, sinks, segment_ids, plan, scale,
              window, keep):
   """-> out [B,T,N,H] and, for `keep`, (out_sparse, lse, out_local, lse_local), else None."""
-  sparse = dict(scale=scale, segment_ids=segment_ids)
-  group = q.shape[2] // k_shared.shape[2]
-  if plan.config.has_hot and block_sparse.is_split(plan, group):
-    local = mosaic_gpu_split.LocalBranch(k_local, v_local, sinks[1], window, *gates, keep)
-    got = mosaic_gpu_split.split_forward(
-      q, k_shared, v_shared, plan, sinks=sinks[0], local=local, **sparse)
-    out, lse, out_sparse = got.out, got.lse, got.out_sparse
-    if plan.config.has_rare:
-      from pallas_kernels.block_sparse_attention import triton
-
-      out, lse, kept = triton.forward(
-        q, k_shared, v_shared, plan, union=(None, lse), gates=triton.Gates(
-          out_sparse, got.out_local, *gates, by_head=True, out=out, keep=keep), **sparse)
-      out_sparse = kept if keep else None
-    return out, (out_sparse, lse, got.out_local, got.lse_local) if keep else None
+  b, t, n, _ = q.shape
+  kv_heads = k_shared.shape[2]
+  options = dict(scale=scale, segment_ids=segment_ids)
   local, local_lse = mosaic_gpu.union_forward(
-    q, k_local, v_local,
-    sliding_window.window_plan(q.shape[0], k_local.shape[2], window, q.shape[1], group),
-    sinks=sinks[1], window=window, **sparse)
+    q, k_local, v_local, sliding_window.window_plan(b, kv_heads, window, t, n // kv_heads),
+    sinks=sinks[1], window=window, **options)
   if plan.config.has_hot and plan.config.has_rare:
     from pallas_kernels.block_sparse_attention import triton
 
-    out_sparse, lse = mosaic_gpu.union_forward(
-      q, k_shared, v_shared, plan, sinks=sinks[0], **sparse)
-    out, lse, out_sparse = triton.forward(
-      q, k_shared, v_shared, plan, union=(None, lse), gates=triton.Gates(
-        out_sparse, local, *gates, by_head=False, out=None, keep=keep), **sparse)
-  else:                                     # one kernel has all the picks: nothing to sum
-    out_sparse, lse = block_sparse._forward(
+    union = block_sparse.hot_forward(q, k_shared, v_shared, plan, sinks=sinks[0], **options)
+    out, lse, sparse = triton.forward(
+      q, k_shared, v_shared, plan, union=union, gates=triton.Gates(local, *gates, keep), **options)
+  else:                                     # one kernel has all the picks: XLA gates and adds
+    sparse, lse = block_sparse.forward(
       q, k_shared, v_shared, sinks[0], segment_ids, plan, scale, None)
-    out = (gates[0].astype(jnp.float32) * out_sparse
+    out = (gates[0].astype(jnp.float32) * sparse
            + gates[1].astype(jnp.float32) * local).astype(q.dtype)
-  return out, (out_sparse, lse, local, local_lse) if keep else None
+  return out, (sparse, lse, local, local_lse) if keep else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
@@ -71,7 +55,7 @@ def _hybrid_fwd(*args):
 def _hybrid_bwd(scale, window, saved, dout):
   from pallas_kernels.block_sparse_attention import triton
 
-  arrays, (out_sparse, lse, out_local, lse_local) = saved
+  arrays, (out_sparse, lse_sparse, out_local, lse_local) = saved
   q, k_shared, v_shared, k_local, v_local, gates, sinks, segment_ids, plan = arrays
   b, t, n, _ = q.shape
   kv_heads = k_shared.shape[2]
@@ -79,10 +63,8 @@ def _hybrid_bwd(scale, window, saved, dout):
   dout = dout.astype(jnp.float32)
   grads, dgates, dsinks = [], [], []
   for k, v, out, lse, gate, sink, own_plan, own_window in (
-      (k_shared, v_shared, out_sparse, lse, gates[0], sinks[0], plan, None),
+      (k_shared, v_shared, out_sparse, lse_sparse, gates[0], sinks[0], plan, None),
       (k_local, v_local, out_local, lse_local, gates[1], sinks[1], window_plan, window)):
-    if out.ndim == 5:                       # [B,K,T,G,H]
-      out = jnp.swapaxes(out, 1, 2).reshape(q.shape)
     out = out.astype(jnp.float32)
     dgate = dout * out
     dbranch = dout * gate.astype(jnp.float32)
@@ -105,10 +87,7 @@ _hybrid.defvjp(_hybrid_fwd, _hybrid_bwd)
 def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
                             gate_local, *, sinks_sparse=None, sinks_local=None, block_size=64,
                             window=128, segment_ids=None, scale=None, plan=None):
-  """The op of `api.py`; `plan` and what is raised as in `block_sparse_attention`.
-
-  Elementwise gates are read in q's dtype; gates for a head, [B,T,N,1], in float32.
-  """
+  """The op of `api.py`; `plan` and what is raised as in `block_sparse_attention`."""
   op = "hybrid_sparse_attention"
   block_sparse.check_picks(op, block_indices, block_size)
   sliding_window.check_window(op, window)
@@ -116,8 +95,7 @@ def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_loc
   b, t, n, h = q.shape
   pad = block_sparse.Padding(t, k_shared.shape[2], n // k_shared.shape[2])
   width = max(gate_sparse.shape[-1], gate_local.shape[-1])
-  kind = jnp.float32 if width == 1 else q.dtype
-  gates = tuple(pad.heads(jnp.broadcast_to(gate, (b, t, n, width)).astype(kind))
+  gates = tuple(pad.heads(jnp.broadcast_to(gate, (b, t, n, width)))
                 for gate in (gate_sparse, gate_local))
   out = _hybrid(
     pad.heads(q), *map(pad.tail, (k_shared, v_shared, k_local, v_local)), gates,
