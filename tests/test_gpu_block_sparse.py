@@ -133,7 +133,8 @@ def check_plan(picks, config, blocks):
 
 
 @pytest.mark.parametrize("config", [
-  index_plan.PlanConfig(32, 8, 2, 16, 32), index_plan.PlanConfig(8, 2, 2, 16, 32),
+  index_plan.PlanConfig(32, 8, 2, 16, 32),
+  index_plan.PlanConfig(16, 2, 1, 16, 32, dense_tile=0.33, longest_first=False),
   index_plan.PlanConfig(16, 1, 1, 16, 32, longest_first=False),
   index_plan.PlanConfig(32, 33, 2, 16, 32)], ids=str)
 @pytest.mark.parametrize("packed_bits", [32, 2], ids=["one_sort", "sort_a_head"])

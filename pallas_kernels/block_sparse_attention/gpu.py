@@ -15,12 +15,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import index_plan, mosaic_gpu, mosaic_gpu_split
 
-# Tokens of a tile that must share a block for the union kernel to take it. On an H200 a tile x
-# block product takes the whole chip 6.5 ns; a packed token of 4 heads, with the sum of its part,
-# 0.84 ns, and one of 16 heads 3.2 ns (LOG.md): break-even at 7.7 and 2.1 tokens.
+# Tokens of a tile that must share a block for the union or split kernel to take it. On an H200 a
+# union kernel's tile x block product takes the whole chip 6.5 ns, and a packed token of 4 heads,
+# with the sum of its part, 0.84 ns (LOG.md): break-even at 7.7 tokens.
 HOT_THRESHOLD = {4: 8, 8: 4, 16: 2}
-# At G = 16 a token packed costs about what 64 rows of a tile do: singles are packed, but not in
-# tiles whose tokens list at most 48 blocks (walks), so that there the packed pass has no work.
+# At G = 16 a packed token costs 3.8 ns and a block that one token picked 1.4 + 3.6 in the split
+# kernel (LOG.md): singles are packed, but not in tiles that list at most 48 blocks (walks), so
+# that a layer of such tiles leaves the packed pass without work.
 SPLIT_DENSE_TILE = 0.33
 _LOG2E = 1.4426950408889634
 
@@ -36,8 +37,8 @@ def padded_group(group):
 def make_plan(block_indices, group, hot_threshold=None):
   """block_indices i32 [B,K,T,P] -> IndexPlan for `group` = N // K; T is padded to blocks.
 
-  `hot_threshold`: None for the measured default, 1 for the union kernel alone, 1000 for the
-  key-major kernel alone.
+  `hot_threshold`: None for the measured default, 1 for the union or split kernel alone, 1000 for
+  the key-major kernel alone.
   """
   group = padded_group(group)
   split = group == 16
@@ -193,8 +194,8 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
   """The op of `api.py` on an NVIDIA GPU of compute capability 9.0.
 
   `plan`: `make_plan(block_indices, N // K)`, so that the layers that share picks share its cost;
-  made here without one, with `hot_threshold`: 1 for the union kernel alone, 1000 for the
-  key-major kernels alone (then any GPU that Triton compiles for will do).
+  made here without one, with `hot_threshold` as in `make_plan` (with 1000 any GPU that Triton
+  compiles for will do).
 
   Raises:
     NotImplementedError: block_size other than 64, more than 16 picks, H other than 64 or 128, a
