@@ -264,17 +264,22 @@ def compare_hybrid(seed, batch, tokens, kv_heads, group, head_dim, dtype, picks,
     (q, k, v, k_local, v_local, gates, 1 - gates, sinks, sinks_local), dout, dtype)
 
 
-@pytest.mark.parametrize("tokens,group,threshold,per_head,segmented", [
-  (100, 12, 12, False, True),               # gates in the sum of the parts, padded T and G
-  (64, 4, 1, True, False),                  # one kernel has all the picks, XLA gates
+@pytest.mark.parametrize("batch,tokens,group,threshold,per_head,segmented", [
+  (2, 60, 12, 9, False, True),    # gates in the sum of the parts, a pass a row, padded T and G
+  (1, 64, 4, 1, True, False),     # one kernel has all the picks, XLA gates
 ])
-def test_hybrid_interpreted(on_cpu, tokens, group, threshold, per_head, segmented):
-  picks = random_picks(6, 1, 1, tokens, 2)
+def test_hybrid_interpreted(on_cpu, monkeypatch, batch, tokens, group, threshold, per_head,
+                            segmented):
+  from pallas_kernels.block_sparse_attention import triton as key_major
+
+  small = key_major.KeyMajorConfig(partial_bytes=1)
+  monkeypatch.setattr(key_major, "KeyMajorConfig", lambda: small)
+  picks = random_picks(6, batch, 1, tokens, 2)
   plan = gpu.make_plan(picks, group, threshold)
   rare = int(plan.rare.sum())
   assert (rare == 0) if threshold == 1 else (0 < rare < int(plan.valid.sum()))
-  compare_hybrid(5, 1, tokens, 1, group, 64, jnp.float16, picks, segmented=segmented,
-                 per_head=per_head, window=70, plan=plan)
+  compare_hybrid(5, batch, tokens, 1, group, 64, jnp.float16, picks, segmented=segmented,
+                 per_head=per_head, window=40, plan=plan)
 
 
 @pytest.mark.parametrize("change,named", [
