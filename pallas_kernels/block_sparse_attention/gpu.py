@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import index_plan, mosaic_gpu, mosaic_gpu_split
+from pallas_kernels.checks import NotCoveredError
 
 # Tokens of a tile that must share a block for the union or split kernel to take it. On an H200 a
 # union kernel's tile x block product takes the whole chip 6.5 ns, and a packed token of 4 heads,
@@ -31,7 +32,7 @@ def padded_group(group):
   for size in (4, 8, 16):
     if group <= size:
       return size
-  raise NotImplementedError(f"block_sparse_attention on GPU: got G={group}, want at most 16")
+  raise NotCoveredError(f"block_sparse_attention on GPU: got G={group}, want at most 16")
 
 
 def make_plan(block_indices, group, hot_threshold=None):
@@ -108,7 +109,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def check_sizes(op, q, *keys_values):
-  """Raises NotImplementedError for head dims and dtypes that the kernels do not take."""
+  """Raises NotCoveredError for head dims and dtypes that the kernels do not take."""
   h = q.shape[-1]
   wanted = [("H", h, (64, 128)), ("q dtype", jnp.dtype(q.dtype).name, ("bfloat16", "float16"))]
   for k, v in keys_values:
@@ -116,7 +117,7 @@ def check_sizes(op, q, *keys_values):
                ("v dtype", v.dtype, (q.dtype,))]
   for name, value, allowed in wanted:
     if value not in allowed:
-      raise NotImplementedError(
+      raise NotCoveredError(
         f"{op} on GPU: got {name} {value}, want {' or '.join(map(str, allowed))}")
 
 
@@ -170,7 +171,7 @@ def attend(op, q, k, v, make_plan, *, sinks, segment_ids, scale, window=None):
   make_plan(tokens, group): the plan at the padded sizes.
 
   Raises:
-    NotImplementedError: sizes or dtypes the kernels do not take, named after `op`.
+    NotCoveredError: sizes or dtypes the kernels do not take, named after `op`.
   """
   check_sizes(op, q, (k, v))
   pad = Padding(q.shape[1], k.shape[2], q.shape[2] // k.shape[2])
@@ -181,12 +182,11 @@ def attend(op, q, k, v, make_plan, *, sinks, segment_ids, scale, window=None):
 
 
 def check_picks(op, block_indices, block_size):
-  """Raises NotImplementedError for blocks and picks that the kernels do not take."""
+  """Raises NotCoveredError for blocks and picks that the kernels do not take."""
   if block_size != 64:
-    raise NotImplementedError(f"{op} on GPU: got block_size {block_size}, want 64")
-  if block_indices.shape[-1] > 16:
-    raise NotImplementedError(
-      f"{op} on GPU: got {block_indices.shape[-1]} picks, want at most 16")
+    raise NotCoveredError(f"{op} on GPU: got block_size {block_size}, want 64")
+  if not 1 <= block_indices.shape[-1] <= 16:
+    raise NotCoveredError(f"{op} on GPU: got {block_indices.shape[-1]} picks, want 1 to 16")
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
@@ -198,7 +198,7 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
   compiles for will do).
 
   Raises:
-    NotImplementedError: block_size other than 64, more than 16 picks, H other than 64 or 128, a
+    NotCoveredError: block_size other than 64, more than 16 picks, H other than 64 or 128, a
       v head dim other than H, dtypes other than bfloat16 and float16, G over 16.
   """
   op = "block_sparse_attention"

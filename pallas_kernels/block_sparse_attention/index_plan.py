@@ -17,9 +17,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-_NONE = jnp.uint32(0xFFFFFFFF)
+_NONE = np.uint32(0xFFFFFFFF)
 PACKED_BITS = 32        # of a sort key that holds (row, block, class, token, slot)
 _WINDOW = 256           # tiles sorted by length together
 
