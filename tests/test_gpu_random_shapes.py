@@ -6,6 +6,8 @@ tie to within float32's rounding of a logit; the other half run `hybrid_sparse_a
 width. Each runs twice and must answer in the same bits (but for cuDNN's backward).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,5 +128,28 @@ def test_hybrid_sparse_attention(seed):
   assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), got, again)))
   single = [x.astype(jnp.float32) for x in (dout, *inputs)]
   want = jax.jit(lambda *x: run("reference", *x))(*single)
-  for value, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-    assert relative(value, expected) < NORM_TOLERANCE[q.dtype.name]
+  limit = NORM_TOLERANCE[q.dtype.name]
+  *values, dsparse, dlocal = jax.tree.leaves(got)
+  *expected, want_dsparse, want_dlocal = jax.tree.leaves(want)
+  for value, exact in zip(values, expected):
+    assert relative(value, exact) < limit
+  # A sink's gradient is a sum of -p_sink out dout that cancels; its summands' rounding does not.
+  branch = jax.jit(functools.partial(branches, indices, segments, window))
+  for value, exact, size in zip((dsparse, dlocal), (want_dsparse, want_dlocal), branch(*single)):
+    error = np.linalg.norm(np.asarray(value, np.float64) - np.asarray(exact, np.float64))
+    assert error < limit * max(size, np.linalg.norm(exact))
+
+
+def branches(indices, segments, window, dout, q, k, v, k_local, v_local, *rest):
+  """The norm of each branch's p_sink * out * gated dout."""
+  gates, sinks = rest[:2], rest[2:]
+  reference = dict(segment_ids=segments, implementation="reference")
+  ops = (lambda v, sinks: pallas_kernels.block_sparse_attention(
+           q, k, v, indices, sinks=sinks, **reference),
+         lambda v, sinks: pallas_kernels.sliding_window_attention(
+           q, k_local, v, window=window, sinks=sinks, **reference))
+  sizes = []
+  for op, values, gate, sink in zip(ops, (v, v_local), gates, sinks):
+    seen = op(jnp.ones_like(values), sink)      # what the keys hold of the softmax
+    sizes.append(jnp.linalg.norm((1 - seen) * op(values, sink) * gate * dout))
+  return sizes

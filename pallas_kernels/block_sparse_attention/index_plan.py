@@ -52,8 +52,8 @@ class PlanConfig:
     for name in ("hot_threshold", "list_multiple", "forward_entries", "backward_entries"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
-    if not 0.25 <= self.dense_tile <= 1:
-      raise ValueError(f"dense_tile: got {self.dense_tile}, want 0.25 to 1")
+    if not 0.0625 <= self.dense_tile <= 1:
+      raise ValueError(f"dense_tile: got {self.dense_tile}, want 0.0625 to 1")
 
   @property
   def has_hot(self):
