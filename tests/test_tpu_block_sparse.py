@@ -40,15 +40,15 @@ class Case:
 
 
 CASES = {
-  "batch_and_segments": Case(batch=2, tokens=200, kv_heads=2, segmented=True),
+  "batch_and_segments": Case(batch=2, tokens=140, kv_heads=2, segmented=True),
   "group_of_one": Case(tokens=150, group=1, block_size=16, dtype="bfloat16", sinks=False),
   "group_of_three": Case(tokens=70, kv_heads=2, group=3, head_dim=24, value_dim=40, block_size=8),
   "wide_group": Case(tokens=100, group=16, head_dim=128, options=Options(
     interpret=tpu_interpret.INTERPRET)),
   "wide_heads": Case(tokens=70, group=8, head_dim=256, dtype="bfloat16", picks=2),
-  "key_segments": Case(tokens=250, block_size=16, picks=5, segmented=True, launches=2,
-                       backward_launches=4, options=dataclasses.replace(
-                         OPTIONS, vmem_bytes=int(7.75 * 2**20))),
+  "key_segments": Case(tokens=250, block_size=16, picks=5, segmented=True, launches=3,
+                       backward_launches=3, options=dataclasses.replace(
+                         OPTIONS, backward=LoopConfig(11, 2, 1), vmem_bytes=7500 << 10)),
   "dense": Case(tokens=300, block_size=16, options=dataclasses.replace(OPTIONS, dense=True)),
   "no_picks": Case(tokens=40, picks=0),
 }
@@ -117,7 +117,7 @@ def test_padding_documents_see_nothing(monkeypatch):
 
 
 def test_large_queries_go_by_parts_of_the_heads(monkeypatch):
-  monkeypatch.setattr(mosaic_tpu, "_PART_BYTES", 1 << 14)
+  monkeypatch.setattr(mosaic_tpu, "part_bytes", lambda: 1 << 14)
   check(Case(tokens=64, kv_heads=2, block_size=16), "by parts", monkeypatch)
 
 
