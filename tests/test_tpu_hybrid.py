@@ -12,6 +12,7 @@ from pallas_kernels.block_sparse_attention.mosaic_tpu import LoopConfig, Options
 from pallas_kernels.hybrid_sparse_attention import mosaic_tpu, reference
 from tests import tpu_interpret
 from tests.attention_inputs import normal, packed_segments, qkv, random_blocks
+from tests.tolerances import assert_close
 
 OPTIONS = Options(LoopConfig(2, 1, 2), LoopConfig(2, 1, 2), dense_forward=LoopConfig(2, 1, 1),
                   dense_backward=LoopConfig(2, 1, 1), interpret=tpu_interpret.INTERPRET)
@@ -93,7 +94,11 @@ def test_values_and_gradients_match_the_reference(name, monkeypatch):
   tpu_interpret.assert_like_reference(out, want, case.dtype)
   for got, wanted, array, label in zip(grads, expected, arrays, NAMES):
     assert (got.dtype, got.shape) == (array.dtype, array.shape), label
-    tpu_interpret.assert_like_reference(got, wanted, case.dtype, grad=True)
+    if case.dtype == "bfloat16" and label.startswith("sinks"):
+      error = np.linalg.norm(np.asarray(got) - wanted) / np.linalg.norm(wanted)
+      assert_close(error, 0.0, "mxu_bf16_cancelled_norm")
+    else:
+      tpu_interpret.assert_like_reference(got, wanted, case.dtype, grad=True)
   if segments is not None:
     hidden = np.asarray(segments) == 0
     assert hidden.any() and not np.asarray(out)[hidden].any()          # exactly 0

@@ -228,7 +228,7 @@ def _backward(window, scale, inputs, plan, options):
   branch = {}
   for name in ("sparse", "local"):
     gate = inputs[f"gate_{name}"]
-    branch[name] = (dout * gate.astype(jnp.float32)).astype(q.dtype)
+    branch[name] = dout * gate.astype(jnp.float32)     # rounded for the matrix unit only
     dgate = dout * inputs[f"out_{name}"].astype(jnp.float32)
     if gate.shape[-1] == 1:
       dgate = dgate.sum(-1, keepdims=True)
