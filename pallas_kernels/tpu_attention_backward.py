@@ -5,8 +5,8 @@ chunk comes by once; inside a grid step the key tiles of the chunk are a loop wi
 of a tile is complete after one chunk if there is only one; with more it is a float32 array in HBM
 that each chunk's call reads, adds to and writes in place. So memory is linear in T.
 
-Scores are transposed as in the forward pass; a TPU core runs its grid in order, so every sum has one
-order and the result is the same bits every time.
+Scores are transposed as in the forward pass; a TPU core runs its grid in order, so every sum has
+one order and the result is the same bits every time.
 """
 
 import dataclasses
@@ -186,7 +186,8 @@ def _kernel(first_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_
         segments = (None, None)
         if segmented:
           segments = query_segments_ref[0], key_segments_ref[0, :, keys]
-        s = jnp.where(visible(i, j, tiles, window, *segments), s, HIDDEN)
+        corner = i * tiles.queries, j * tiles.keys
+        s = jnp.where(visible(*corner, s.shape, window, *segments), s, HIDDEN)
       p = jnp.exp2(s - lse_ref[0, 0, 0, row, :] * LOG2E)
       dv_s[keys, :] += dot(p.astype(grad.dtype), grad, (1, 0))
       ds = p * (dot(v, grad, (1, 1)) - delta_ref[0, 0, 0, row, :])

@@ -23,6 +23,7 @@ from pallas_kernels import tpu, tpu_block_picks
 from pallas_kernels.tpu_block_picks import HIDDEN, LOWEST
 
 LOG2E = math.log2(math.e)
+AHEAD = 2                      # pieces whose logits are computed ahead of their softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +34,24 @@ class ForwardTiles:
     queries: per tile, a multiple of 128 (lanes).
     keys: per tile, a multiple of 128.
     heads: of the group, per step.
+    piece: keys per matmul, a multiple of 128 that divides `keys`.
     unroll: heads side by side in one schedule instead of a loop over them.
+
+  Counted, not timed, for v5e and v6e at the defaults (experiments/LOG.md).
   """
 
   queries: int = 512
   keys: int = 1024
   heads: int = 4
+  piece: int = 512
   unroll: bool = True
 
   def __post_init__(self):
-    for name in ("queries", "keys"):
+    for name in ("queries", "keys", "piece"):
       if getattr(self, name) % 128 or getattr(self, name) < 128:
         raise ValueError(f"{name}={getattr(self, name)}; wanted a multiple of 128")
+    if self.keys % self.piece:
+      raise ValueError(f"piece={self.piece}; wanted a divisor of keys={self.keys}")
 
 
 def precision(dtype):
@@ -63,21 +70,19 @@ def column(row):
   return jnp.broadcast_to(row, (tpu.SUBLANES, row.shape[1])).T[:, :1]
 
 
-def visible(query_tile, key_tile, tiles, window, query_segments, key_segments):
+def visible(first_query, first_key, shape, window, query_segments, key_segments):
   """bool [keys, queries]: may the query see the key?
 
   Args:
-    query_tile: index of the query tile; key_tile: of the key tile.
-    tiles: has `.queries` and `.keys`.
+    first_query: its position; first_key: likewise.
+    shape: (keys, queries).
     window: or None.
     query_segments: i32 [1, queries] or None.
     key_segments: i32 [1, keys] or None.
   """
-  shape = tiles.keys, tiles.queries
-  key = lax.broadcasted_iota(jnp.int32, shape, 0)
-  query = lax.broadcasted_iota(jnp.int32, shape, 1)
-  behind = query - key                 # one array; the tiles' distance is a scalar
-  distance = key_tile * tiles.keys - query_tile * tiles.queries
+  # One array of differences; the distance of the tiles is a scalar.
+  behind = lax.broadcasted_iota(jnp.int32, shape, 1) - lax.broadcasted_iota(jnp.int32, shape, 0)
+  distance = first_key - first_query
   keep = behind >= distance
   if window is not None:
     keep &= behind < distance + window
@@ -236,34 +241,51 @@ def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
     for g in range(tiles.heads):
       max_s[g] = jnp.full(max_s.shape[1:], sinks_ref[head + g] * LOG2E)
 
+  def logits(g, keys, masked):
+    s = dot(k_ref[0, keys, :], q_ref[0, :, lanes(g)], (1, 1)) * (scale * LOG2E)   # [keys, queries]
+    if not masked:
+      return s
+    segments = (None, None)
+    if segmented:
+      segments = query_segments_ref[0], key_segments_ref[0, :, keys]
+    corner = i * tiles.queries, j * tiles.keys + keys.start
+    return jnp.where(visible(*corner, s.shape, window, *segments), s, HIDDEN)
+
+  def absorb(g, keys, s):
+    """Takes the logits of some keys into block maxima, maximum, sum and output of a head."""
+    top = s
+    if num_blocks:
+      blocks = keys.size // block_size
+      first_block = (j * tiles.keys + keys.start) // block_size
+      top = s.reshape(blocks, block_size, tiles.queries).max(axis=1)
+      maxima[0][g, pl.ds(pl.multiple_of(first_block, blocks), blocks), :] = top
+    before = max_s[g]
+    now = jnp.maximum(before, top.max(axis=0, keepdims=True))
+    shrink = jnp.exp2(before - now)
+    p = jnp.exp2(s - now)
+    sum_s[g] = sum_s[g] * shrink + p.sum(axis=0, keepdims=True)
+    max_s[g] = now
+    v = v_ref[0, keys, :]
+    acc_s[g] = acc_s[g] * shrink + dot(v, p.astype(v.dtype), (0, 0))              # [H, queries]
+
   def attend(masked):
-    # Under a causal mask only the last tile or two are masked: not worth the code.
-    unroll = tiles.unroll and (not masked or window is not None)
-    k_once, v_once = (k_ref[0], v_ref[0]) if unroll else (None, None)
-
-    def head(g, _):
-      # Side by side, heads share one transpose of v; in a loop, a value from before it is spilled.
-      k, v = (k_once, v_once) if unroll else (k_ref[0], v_ref[0])
-      s = dot(k, q_ref[0, :, lanes(g)], (1, 1)) * (scale * LOG2E)         # [keys, queries]
-      if masked:
-        segments = (query_segments_ref[0], key_segments_ref[0]) if segmented else (None, None)
-        s = jnp.where(visible(i, j, tiles, window, *segments), s, HIDDEN)
-      if num_blocks:
-        blocks = tiles.keys // block_size
-        top = s.reshape(blocks, block_size, tiles.queries).max(axis=1)
-        maxima[0][g, pl.ds(pl.multiple_of(j * blocks, blocks), blocks), :] = top
-      else:
-        top = s
-      before = max_s[g]
-      now = jnp.maximum(before, top.max(axis=0, keepdims=True))
-      shrink = jnp.exp2(before - now)
-      p = jnp.exp2(s - now)
-      sum_s[g] = sum_s[g] * shrink + p.sum(axis=0, keepdims=True)
-      max_s[g] = now
-      acc_s[g] = acc_s[g] * shrink + dot(v, p.astype(v.dtype), (0, 0))    # [H, queries]
-      return 0
-
-    lax.fori_loop(0, tiles.heads, head, 0, unroll=unroll)
+    pieces = [pl.ds(a, tiles.piece) for a in range(0, tiles.keys, tiles.piece)]
+    # Under a causal mask only the last tile or two are masked: not worth the code of all heads.
+    if not tiles.unroll or (masked and window is None):
+      def head(g, _):
+        for keys in pieces:
+          absorb(g, keys, logits(g, keys, masked))
+        return 0
+      lax.fori_loop(0, tiles.heads, head, 0)
+      return
+    # The matrix units work on the logits of the next two pieces while the vector units are at the
+    # softmax of this one.
+    work = [(g, keys) for g in range(tiles.heads) for keys in pieces]
+    ready = [logits(*w, masked) for w in work[:AHEAD]]
+    for n, (g, keys) in enumerate(work):
+      if n + AHEAD < len(work):
+        ready.append(logits(*work[n + AHEAD], masked))
+      absorb(g, keys, ready.pop(0))
 
   if segmented or window is not None:
     pl.when(j <= last)(lambda: attend(True))

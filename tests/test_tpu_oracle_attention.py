@@ -1,4 +1,4 @@
-"""`oracle_attention` on TPU against the reference, in TPU interpret mode at its strictest."""
+"""`oracle_attention` on TPU against the reference, in strict TPU interpret mode."""
 
 import functools
 
