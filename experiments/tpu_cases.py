@@ -39,7 +39,7 @@ def _window(shape, dtype):
   return op, (*_qkv(shape, dtype), jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32))
 
 
-def _picks(shape):
+def picks(shape):
   """Block indices, and a plan of the right sizes that holds none: building one is XLA's work."""
   indices = jnp.zeros((shape.batch, shape.num_kv_heads, shape.tokens, shape.num_blocks), jnp.int32)
   make = functools.partial(sparse_tpu.make_plan, group=shape.num_heads // shape.num_kv_heads,
@@ -53,7 +53,7 @@ def _sinks(shape):
 
 def _block_sparse(shape, dtype, dense=None):
   def op(q, k, v, sinks, segment_ids=None):
-    indices, plan = _picks(shape)
+    indices, plan = picks(shape)
     return sparse_tpu.block_sparse_attention(
       q, k, v, indices, block_size=shape.block_size, sinks=sinks, segment_ids=segment_ids,
       plan=plan, options=sparse_tpu.Options(dense=dense))
@@ -64,7 +64,7 @@ def _hybrid(shape, dtype):
   """Elementwise gates, and sinks in both branches."""
   def op(q, k, v, k_local, v_local, gate_sparse, gate_local, sinks_sparse, sinks_local,
          segment_ids=None):
-    indices, plan = _picks(shape)
+    indices, plan = picks(shape)
     return hybrid_tpu.hybrid_sparse_attention(
       q, k, v, indices, k_local, v_local, gate_sparse, gate_local, sinks_sparse=sinks_sparse,
       sinks_local=sinks_local, block_size=shape.block_size, window=shape.window,
@@ -106,7 +106,6 @@ CASES = {
   "causal_attention": functools.partial(_oracle, num_blocks=0),   # the same without maxima
   "sliding_window_attention": _window,
   "block_sparse_attention": _block_sparse,
-  "block_sparse_attention_lists": functools.partial(_block_sparse, dense=False),
   "block_sparse_attention_dense": functools.partial(_block_sparse, dense=True),
   "block_sparse_plan": _block_sparse_plan,
   "hybrid_sparse_attention": _hybrid,

@@ -7,7 +7,11 @@ runs depends on the picks, here on the mean union of a tile's tokens. A list is 
 steps, so a tile of mean union U takes (U + (n - 1) / 2) / n of them.
 """
 
+import functools
 import shutil
+
+import jax
+import jax.numpy as jnp
 
 from experiments import tpu_cases, tpu_static
 from pallas_kernels import tpu
@@ -51,6 +55,25 @@ def count(spans, shape, which, union, config, matmuls):
           "useful_flops": tiles * union / config.blocks_per_step * flops}
 
 
+def _arrays(shape):
+  """q, k, v, the result, its log-sum-exp and its cotangent, bfloat16."""
+  array = lambda heads: jax.ShapeDtypeStruct(
+    (shape.batch, shape.tokens, heads, shape.head_dim), jnp.bfloat16)
+  q, k = array(shape.num_heads), array(shape.num_kv_heads)
+  return q, k, k, q, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32), q
+
+
+def _run(shape, which, q, k, v, out, lse, dout):
+  """One pass by itself: under `jax.vjp` the compiler gives kernels other names."""
+  _, plan = tpu_cases.picks(shape)
+  scale, options = shape.head_dim ** -0.5, mosaic_tpu.Options(dense=False)
+  if which == "fwd":
+    return mosaic_tpu.run_forward(q, k, v, None, None, scale, plan, options)
+  return mosaic_tpu.run_backward(
+    "block_sparse_attention", {"q": q, "k": k, "v": v, "sinks": None, "segment_ids": None,
+                               "out": out, "lse": lse, "dout": dout}, scale, plan, options)
+
+
 def row(op, shape_name, generation, which, union=None):
   """Compiles the list kernel for one shape and generation and counts it.
 
@@ -76,8 +99,8 @@ def row(op, shape_name, generation, which, union=None):
   if union is None:
     union = UNIONS["trace"][shape.num_heads // shape.num_kv_heads]
   kernel, matmuls = _KERNELS[which]
-  fn, arrays = tpu_cases.case(op + "_lists", shape, "fwd" if which == "fwd" else "fwd_bwd")
-  directory, memory = tpu_static.dump(generation, fn, *arrays)
+  directory, memory = tpu_static.dump(
+    generation, functools.partial(_run, shape, which), *_arrays(shape))
   try:
     options = mosaic_tpu.Options()
     config = options.forward if which == "fwd" else options.backward
