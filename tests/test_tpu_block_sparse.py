@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import tpu_sparse_cost, tpu_static
 from pallas_kernels import block_sparse_attention as op
 from pallas_kernels.block_sparse_attention import mosaic_tpu, reference, tpu_plan
 from pallas_kernels.block_sparse_attention.mosaic_tpu import LoopConfig, Options
+from pallas_kernels.named_shapes import AttentionShape
 from tests import tpu_interpret
 from tests.attention_inputs import normal, packed_segments, qkv, random_blocks
 
@@ -175,6 +177,19 @@ def test_wide_unions_go_dense_where_that_is_cheaper(monkeypatch, generation, pic
     options = Options(LoopConfig(3, 1, 1), dense_forward=LoopConfig(5, 1, 1), dense=forced)
     expected = [128, 5] if (want if forced is None else forced) else [32, 3]
     assert mosaic_tpu.choose(plan, options, run).tolist() == expected
+
+
+def test_counted_bundles_of_a_launch():
+  """Hand-counted: 2 heads x 4 tiles of 32 tokens, lists of 6.5 blocks in steps of 4, 2 a body."""
+  def span(start, bundles, depth, mxu):
+    return tpu_static.Span(start, bundles, depth, {"MXU": mxu}, {"MXU": mxu / bundles})
+  spans = [span(0, 30, 1, 0), span(30, 100, 1, 9), span(130, 600, 2, 500), span(730, 50, 2, 0)]
+  shape = AttentionShape(tokens=128, num_heads=8, num_kv_heads=2, head_dim=128)
+  got = tpu_sparse_cost.count(spans, shape, "fwd", 6.5, LoopConfig(4, 2, 4), 2)
+  assert got["bundles_per_step"] == 300 and got["steps"] == 16
+  # 16 steps and half a step for each of the 2 programs; 8 tiles finished; 2 programs started.
+  assert got["bundles"] == 17 * 300 + 8 * 50 + 2 * 100
+  assert got["flops_per_step"] == 2 * 2 * 4 * 64 * 128 * 128
 
 
 @pytest.mark.parametrize("change, named", [
