@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.block_sparse_attention import mosaic_tpu as sparse_tpu
+from pallas_kernels.hybrid_sparse_attention import mosaic_tpu as hybrid_tpu
 from pallas_kernels.oracle_attention import mosaic_tpu as oracle_tpu
 from pallas_kernels.sliding_window_attention import mosaic_tpu as window_tpu
 
@@ -37,6 +39,51 @@ def _window(shape, dtype):
   return op, (*_qkv(shape, dtype), jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32))
 
 
+def picks(shape):
+  """Block indices, and a plan of the right sizes that holds none: building one is XLA's work."""
+  indices = jnp.zeros((shape.batch, shape.num_kv_heads, shape.tokens, shape.num_blocks), jnp.int32)
+  make = functools.partial(sparse_tpu.make_plan, group=shape.num_heads // shape.num_kv_heads,
+                           block_size=shape.block_size)
+  return indices, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, indices))
+
+
+def _sinks(shape):
+  return jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32)
+
+
+def _block_sparse(shape, dtype, dense=None):
+  def op(q, k, v, sinks, segment_ids=None):
+    indices, plan = picks(shape)
+    return sparse_tpu.block_sparse_attention(
+      q, k, v, indices, block_size=shape.block_size, sinks=sinks, segment_ids=segment_ids,
+      plan=plan, options=sparse_tpu.Options(dense=dense))
+  return op, (*_qkv(shape, dtype), _sinks(shape))
+
+
+def _hybrid(shape, dtype):
+  """Elementwise gates, and sinks in both branches."""
+  def op(q, k, v, k_local, v_local, gate_sparse, gate_local, sinks_sparse, sinks_local,
+         segment_ids=None):
+    indices, plan = picks(shape)
+    return hybrid_tpu.hybrid_sparse_attention(
+      q, k, v, indices, k_local, v_local, gate_sparse, gate_local, sinks_sparse=sinks_sparse,
+      sinks_local=sinks_local, block_size=shape.block_size, window=shape.window,
+      segment_ids=segment_ids, plan=plan)
+  q, k, v = _qkv(shape, dtype)
+  gate = jax.ShapeDtypeStruct((*q.shape[:3], shape.v_dim), dtype)
+  return op, (q, k, v, k, v, gate, gate, _sinks(shape), _sinks(shape))
+
+
+def _block_sparse_plan(shape, dtype):
+  """What is built once per hybrid block."""
+  del dtype
+  def op(block_indices):
+    return sparse_tpu.make_plan(block_indices, shape.num_heads // shape.num_kv_heads,
+                                block_size=shape.block_size)
+  return op, (jax.ShapeDtypeStruct(
+    (shape.batch, shape.num_kv_heads, shape.tokens, shape.num_blocks), jnp.int32),)
+
+
 def _splash(shape, dtype):
   """The public peer: causal splash attention with its log-sum-exp, forward only, B=1."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -58,6 +105,10 @@ CASES = {
   "oracle_attention": _oracle,
   "causal_attention": functools.partial(_oracle, num_blocks=0),   # the same without maxima
   "sliding_window_attention": _window,
+  "block_sparse_attention": _block_sparse,
+  "block_sparse_attention_dense": functools.partial(_block_sparse, dense=True),
+  "block_sparse_plan": _block_sparse_plan,
+  "hybrid_sparse_attention": _hybrid,
   "splash_attention": _splash,
 }
 

@@ -2,9 +2,9 @@
 
     rows = [tpu_cost.row("oracle_attention", "7b_32k", "v5e", "fwd")]
 
-Counts, not timings: no wait for HBM, for DMA or between grid steps is in them. A schedule may pack a
-product into fewer bundles than its FLOPs take at the published peak; the estimate then takes the
-larger.
+Counts, not timings: no wait for HBM, for DMA or between grid steps is in them. A schedule may pack
+a product into fewer bundles than its FLOPs take at the published peak; the estimate then takes
+the larger.
 """
 
 import dataclasses
@@ -78,7 +78,10 @@ def forward_cost(shape, spans, kernel, tiles, *, window=None, num_blocks=0):
     whole = i * tiles.queries // tiles.keys if window is None else first
     full, edge = full + whole - first, edge + last + 1 - whole
     chunks += -(-(last + 1) * tiles.keys // shape.block_size // tpu_block_picks.ROWS)
-    grid += tokens // tiles.keys if window is None else 2 + (tiles.queries + window - 2) // tiles.keys
+    steps = tokens // tiles.keys
+    if window is not None:
+      steps = min(steps, (tiles.queries + window - 2) // tiles.keys + 2)
+    grid += steps
   tiles_count = tokens // tiles.queries
   bundles = parts * (full * per_step(hot) + edge * per_step(masked) + grid * overhead
                      + tiles_count * once)

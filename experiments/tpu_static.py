@@ -76,7 +76,8 @@ def spans(directory, kernel, minimum=1):
 def vmem_bytes(directory, kernel):
   """VMEM of a kernel's windows and scratch; spilled registers are not in it."""
   with open(_dumped(directory, kernel, "pre-finalize-registers-and-allocations.txt")) as file:
-    return sum(int(size, 16) for size in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", file.read()))
+    sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+)", file.read())
+  return sum(int(size, 16) for size in sizes)
 
 
 def _dumped(directory, kernel, suffix):

@@ -76,7 +76,8 @@ def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=No
   keys = min(keys, round_up(tokens, math.lcm(unit, queries)))
   if num_blocks:
     rows = round_up(-(-tokens // block_size), tpu_block_picks.ROWS)
-    budget = (vmem_bytes or tpu.vmem_bytes()) * 3 // 5        # the rest: two of each tile, the scores of a step
+    # The rest is for two of each tile and for spilled registers.
+    budget = (vmem_bytes or tpu.vmem_bytes()) * 3 // 5
     size = lambda: 4 * rows * queries * (heads + (heads < group))
     while size() > budget and heads > 1:
       heads = largest_divisor(group, heads - 1)
@@ -86,7 +87,8 @@ def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=No
       raise NotImplementedError(
         f"oracle_attention mosaic_tpu: T={tokens} has {rows} blocks of {block_size}, whose scores "
         f"take {size()} bytes of VMEM; wanted at most {budget}; use larger blocks")
-  return ForwardTiles(queries=queries, keys=keys, heads=heads)
+  halves = keys % (2 * unit) == 0
+  return ForwardTiles(queries=queries, keys=keys, heads=heads, piece=keys // 2 if halves else keys)
 
 
 def backward_tiles(tokens, group, head_dim, dtype, window=None):

@@ -5,8 +5,8 @@ chunk comes by once; inside a grid step the key tiles of the chunk are a loop wi
 of a tile is complete after one chunk if there is only one; with more it is a float32 array in HBM
 that each chunk's call reads, adds to and writes in place. So memory is linear in T.
 
-Scores are transposed as in the forward pass; a TPU core runs its grid in order, so every sum has one
-order and the result is the same bits every time.
+Scores are transposed as in the forward pass; a TPU core runs its grid in order, so every sum has
+one order and the result is the same bits every time.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ from pallas_kernels import tpu
 from pallas_kernels.tpu_attention_forward import (
   LOG2E,
   dot,
-  first_key_tiles,
-  key_tile_range,
+  first_diagonal_tile,
+  key_tile_bounds,
+  last_key_tile,
   visible,
 )
 from pallas_kernels.tpu_block_picks import HIDDEN
@@ -79,7 +80,7 @@ def backward(q, k, v, out, lse, grad_out, *, scale, tiles, segment_ids=None, win
   K = k.shape[2]
   delta = jnp.einsum("btnh,btnh->bnt", out.astype(jnp.float32), grad_out.astype(jnp.float32),
                      precision="highest")
-  first = first_key_tiles(B, T, tiles, window, segment_ids)
+  bounds = key_tile_bounds(B, T, tiles, window, segment_ids)
   by_head = lambda x: x.reshape(B, K, N // K // tiles.heads, tiles.heads, T)
   flat = lambda x: x.reshape(B, T, -1)
   operands = [flat(q), flat(k), flat(v), flat(grad_out.astype(q.dtype)), by_head(lse),
@@ -87,7 +88,7 @@ def backward(q, k, v, out, lse, grad_out, *, scale, tiles, segment_ids=None, win
   if segment_ids is not None:
     operands += [segment_ids[:, None], segment_ids[:, None]]
   chunks = T // tiles.chunk
-  call = functools.partial(_chunk, first, operands, tiles=tiles, scale=scale, window=window,
+  call = functools.partial(_chunk, bounds, operands, tiles=tiles, scale=scale, window=window,
                            num_kv_heads=K, chunks=chunks, interpret=interpret)
   if chunks == 1:
     dq, dk, dv = call(jnp.zeros(1, jnp.int32), None)
@@ -101,7 +102,7 @@ def backward(q, k, v, out, lse, grad_out, *, scale, tiles, segment_ids=None, win
   return dq.astype(q.dtype).reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), delta
 
 
-def _chunk(first, operands, chunk, dq, *, tiles, scale, window, num_kv_heads, chunks, interpret):
+def _chunk(bounds, operands, chunk, dq, *, tiles, scale, window, num_kv_heads, chunks, interpret):
   """dq (plus the given one), and dk, dv [B, chunk, K*H] of the key chunk `chunk` i32 [1]."""
   B, T, width = operands[0].shape
   K = num_kv_heads
@@ -118,23 +119,23 @@ def _chunk(first, operands, chunk, dq, *, tiles, scale, window, num_kv_heads, ch
 
   heads_spec = pl.BlockSpec(
     (1, tiles.queries, tiles.heads * H),
-    lambda b, h, s, i, first, chunk: (b, tile(i, chunk), h * parts + s))
+    lambda b, h, s, i, bounds, chunk: (b, tile(i, chunk), h * parts + s))
   key_spec = pl.BlockSpec((1, tiles.chunk, H),
-                          lambda b, h, s, i, first, chunk: (b, chunk[0], h))
+                          lambda b, h, s, i, bounds, chunk: (b, chunk[0], h))
   row_spec = pl.BlockSpec((1, 1, 1, tiles.heads, tiles.queries),
-                          lambda b, h, s, i, first, chunk: (b, h, s, 0, tile(i, chunk)))
+                          lambda b, h, s, i, bounds, chunk: (b, h, s, 0, tile(i, chunk)))
   in_specs = [heads_spec, key_spec, key_spec, heads_spec, row_spec, row_spec]
   segmented = len(operands) > len(in_specs)
   if segmented:
     in_specs += [
       pl.BlockSpec((1, 1, tiles.queries),
-                   lambda b, h, s, i, first, chunk: (b, 0, tile(i, chunk))),
-      pl.BlockSpec((1, 1, tiles.chunk), lambda b, h, s, i, first, chunk: (b, 0, chunk[0]))]
+                   lambda b, h, s, i, bounds, chunk: (b, 0, tile(i, chunk))),
+      pl.BlockSpec((1, 1, tiles.chunk), lambda b, h, s, i, bounds, chunk: (b, 0, chunk[0]))]
   aliases = {}
   if dq is not None:
     aliases = {2 + len(operands): 0}
     operands, in_specs = [*operands, dq], [*in_specs, heads_spec]
-  dk_spec = pl.BlockSpec((1, tiles.chunk, H), lambda b, h, s, i, first, chunk: (b, 0, h))
+  dk_spec = pl.BlockSpec((1, tiles.chunk, H), lambda b, h, s, i, bounds, chunk: (b, 0, h))
   dk_shape = jax.ShapeDtypeStruct((B, tiles.chunk, K * H), operands[1].dtype)
   return pl.pallas_call(
     functools.partial(_kernel, tiles=tiles, scale=scale, window=window,
@@ -153,10 +154,10 @@ def _chunk(first, operands, chunk, dq, *, tiles, scale, window, num_kv_heads, ch
       dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
       vmem_limit_bytes=tpu.vmem_limit()),
     interpret=interpret, name="attention_backward",
-  )(first, chunk, *operands)
+  )(bounds, chunk, *operands)
 
 
-def _kernel(first_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_ref, *refs, tiles,
+def _kernel(bounds_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_ref, *refs, tiles,
             scale, window, num_tiles, segmented, add):
   refs = list(refs)
   query_segments_ref, key_segments_ref = (refs.pop(0), refs.pop(0)) if segmented else (None, None)
@@ -186,7 +187,8 @@ def _kernel(first_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_
         segments = (None, None)
         if segmented:
           segments = query_segments_ref[0], key_segments_ref[0, :, keys]
-        s = jnp.where(visible(i, j, tiles, window, *segments), s, HIDDEN)
+        corner = i * tiles.queries, j * tiles.keys
+        s = jnp.where(visible(*corner, s.shape, window, *segments), s, HIDDEN)
       p = jnp.exp2(s - lse_ref[0, 0, 0, row, :] * LOG2E)
       dv_s[keys, :] += dot(p.astype(grad.dtype), grad, (1, 0))
       ds = p * (dot(v, grad, (1, 1)) - delta_ref[0, 0, 0, row, :])
@@ -200,16 +202,18 @@ def _kernel(first_ref, chunk_ref, q_ref, k_ref, v_ref, grad_ref, lse_ref, delta_
 
   @pl.when(i < num_tiles)
   def _():
-    first, last = key_tile_range(i, first_ref[b, i], tiles)
-    start = jnp.maximum(first, chunk_ref[0] * per_chunk)
-    stop = jnp.minimum(last + 1, (chunk_ref[0] + 1) * per_chunk)
+    start = jnp.maximum(bounds_ref[0, b, i], chunk_ref[0] * per_chunk)
+    stop = jnp.minimum(last_key_tile(i, tiles) + 1, (chunk_ref[0] + 1) * per_chunk)
     dq_s[...] = jnp.zeros_like(dq_s)
-    if segmented or window is not None:
-      whole = start
+    if window is None:       # tiles start..free and diagonal..stop need a mask, those between none
+      free = jnp.clip(bounds_ref[1, b, i], start, stop)
+      diagonal = jnp.clip(first_diagonal_tile(i, tiles), free, stop)
+      lax.fori_loop(free, diagonal, lambda j, _: attend(j, False), 0)
+      stop -= diagonal - free
+      tile = lambda n: jnp.where(n < free, n, n + diagonal - free)
+      lax.fori_loop(start, stop, lambda n, _: attend(tile(n), True), 0)
     else:
-      whole = jnp.minimum((i * tiles.queries) // tiles.keys, stop)
-      lax.fori_loop(start, whole, lambda j, _: attend(j, False), 0)
-    lax.fori_loop(whole, stop, lambda j, _: attend(j, True), 0)
+      lax.fori_loop(start, stop, lambda j, _: attend(j, True), 0)
     for g in range(tiles.heads):
       dq = (dq_s[g] * scale).T
       if add:

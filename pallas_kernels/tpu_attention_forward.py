@@ -23,6 +23,7 @@ from pallas_kernels import tpu, tpu_block_picks
 from pallas_kernels.tpu_block_picks import HIDDEN, LOWEST
 
 LOG2E = math.log2(math.e)
+AHEAD = 2                      # pieces whose logits are computed ahead of their softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +34,24 @@ class ForwardTiles:
     queries: per tile, a multiple of 128 (lanes).
     keys: per tile, a multiple of 128.
     heads: of the group, per step.
+    piece: keys per matmul, a multiple of 128 that divides `keys`.
     unroll: heads side by side in one schedule instead of a loop over them.
+
+  Counted, not timed, for v5e and v6e at the defaults (experiments/LOG.md).
   """
 
   queries: int = 512
   keys: int = 1024
   heads: int = 4
+  piece: int = 512
   unroll: bool = True
 
   def __post_init__(self):
-    for name in ("queries", "keys"):
+    for name in ("queries", "keys", "piece"):
       if getattr(self, name) % 128 or getattr(self, name) < 128:
         raise ValueError(f"{name}={getattr(self, name)}; wanted a multiple of 128")
+    if self.keys % self.piece:
+      raise ValueError(f"piece={self.piece}; wanted a divisor of keys={self.keys}")
 
 
 def precision(dtype):
@@ -63,21 +70,19 @@ def column(row):
   return jnp.broadcast_to(row, (tpu.SUBLANES, row.shape[1])).T[:, :1]
 
 
-def visible(query_tile, key_tile, tiles, window, query_segments, key_segments):
+def visible(first_query, first_key, shape, window, query_segments, key_segments):
   """bool [keys, queries]: may the query see the key?
 
   Args:
-    query_tile: index of the query tile; key_tile: of the key tile.
-    tiles: has `.queries` and `.keys`.
+    first_query: its position; first_key: likewise.
+    shape: (keys, queries).
     window: or None.
     query_segments: i32 [1, queries] or None.
     key_segments: i32 [1, keys] or None.
   """
-  shape = tiles.keys, tiles.queries
-  key = lax.broadcasted_iota(jnp.int32, shape, 0)
-  query = lax.broadcasted_iota(jnp.int32, shape, 1)
-  behind = query - key                 # one array; the tiles' distance is a scalar
-  distance = key_tile * tiles.keys - query_tile * tiles.queries
+  # One array of differences; the distance of the tiles is a scalar.
+  behind = lax.broadcasted_iota(jnp.int32, shape, 1) - lax.broadcasted_iota(jnp.int32, shape, 0)
+  distance = first_key - first_query
   keep = behind >= distance
   if window is not None:
     keep &= behind < distance + window
@@ -86,16 +91,22 @@ def visible(query_tile, key_tile, tiles, window, query_segments, key_segments):
   return keep
 
 
-def key_tile_range(query_tile, first, tiles):
-  """(first, last) key tile that any query of the tile may see."""
-  return first, ((query_tile + 1) * tiles.queries - 1) // tiles.keys
+def last_key_tile(query_tile, tiles):
+  """The last key tile that any query of the tile may see."""
+  return ((query_tile + 1) * tiles.queries - 1) // tiles.keys
 
 
-def first_key_tiles(batch, tokens, tiles, window, segment_ids):
-  """i32 [B, query tiles]: a key tile before which no query of the tile may see any key.
+def first_diagonal_tile(query_tile, tiles):
+  """Key tiles before this one lie before every query of the tile."""
+  return query_tile * tiles.queries // tiles.keys
 
-  With segments: the first whose range of segment numbers meets that of the queries. For documents
-  numbered in order, as packing makes them, no earlier bound is possible; for others it is safe.
+
+def key_tile_bounds(batch, tokens, tiles, window, segment_ids):
+  """i32 [2, B, query tiles]: the first key tile to visit, and the first that needs no mask.
+
+  From the second on, up to the diagonal, every query of the tile sees every key. With segments, the
+  first is where the range of segment numbers first meets that of the queries: exact for documents
+  numbered in order, as packing makes them, and safe for others.
 
   Args:
     batch: B.
@@ -104,21 +115,38 @@ def first_key_tiles(batch, tokens, tiles, window, segment_ids):
     window: or None.
     segment_ids: i32 [B, T] or None.
   """
-  starts = jnp.arange(tokens // tiles.queries, dtype=jnp.int32) * tiles.queries
-  reach = jnp.zeros_like(starts) if window is None else jnp.maximum(starts - (window - 1), 0)
-  first = jnp.broadcast_to(reach // tiles.keys, (batch, len(starts)))
-  if segment_ids is None:
-    return first
-  padding = segment_ids == 0             # sees nothing and is seen by nobody
+  query_tiles = jnp.arange(tokens // tiles.queries, dtype=jnp.int32)
+  diagonal = first_diagonal_tile(query_tiles, tiles)
+  first = jnp.zeros_like(diagonal)
+  if window is not None:
+    first = jnp.maximum(query_tiles * tiles.queries - (window - 1), 0) // tiles.keys
+  unmasked = first if window is None else diagonal
+  if segment_ids is not None:
+    meet, same = _segment_tiles(segment_ids, tiles)
+    first = jnp.maximum(
+      first, jnp.where(meet.any(axis=2), jnp.minimum(meet.argmax(axis=2), diagonal), diagonal))
+    key_tiles = jnp.arange(meet.shape[2])
+    same |= key_tiles >= diagonal[:, None]
+    from_here_on = jnp.flip(jnp.cumprod(jnp.flip(same, axis=2), axis=2), axis=2)
+    unmasked = jnp.maximum(unmasked, len(key_tiles) - from_here_on.sum(axis=2))
+  return jnp.stack([jnp.broadcast_to(x, (batch, len(query_tiles))).astype(jnp.int32)
+                    for x in (first, unmasked)])
+
+
+def _segment_tiles(segment_ids, tiles):
+  """Two bool [B, query tiles, key tiles]: may they share a segment; are both wholly in one."""
   limits = jnp.iinfo(jnp.int32)
-  split = lambda x, size: x.reshape(batch, -1, size)
-  lowest = lambda size: split(jnp.where(padding, limits.max, segment_ids), size).min(axis=2)
-  highest = lambda size: split(jnp.where(padding, limits.min, segment_ids), size).max(axis=2)
-  meet = ((lowest(tiles.keys)[:, None] <= highest(tiles.queries)[:, :, None])
-          & (lowest(tiles.queries)[:, :, None] <= highest(tiles.keys)[:, None]))
-  own = starts // tiles.keys             # also where nothing meets: there is always one to visit
-  met = jnp.where(meet.any(axis=2), meet.argmax(axis=2).astype(jnp.int32), own)
-  return jnp.maximum(first, jnp.minimum(met, own))
+  padding = segment_ids == 0             # sees nothing and is seen by nobody
+
+  def ends(size):
+    split = lambda x: x.reshape(len(x), -1, size)
+    lowest = split(jnp.where(padding, limits.max, segment_ids)).min(axis=2)
+    highest = split(jnp.where(padding, limits.min, segment_ids)).max(axis=2)
+    return lowest, highest, (lowest == highest) & ~split(padding).any(axis=2)
+
+  q_low, q_high, q_one = (x[:, :, None] for x in ends(tiles.queries))
+  k_low, k_high, k_one = (x[:, None] for x in ends(tiles.keys))
+  return (k_low <= q_high) & (q_low <= k_high), q_one & k_one & (q_low == k_low)
 
 
 # jit, because a pallas_call by itself is never dropped when its results are not used, which under
@@ -154,24 +182,23 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
   steps = num_key_tiles
   if window is not None:
     steps = min(steps, (tiles.queries + window - 2) // tiles.keys + 2)
-  first = first_key_tiles(B, T, tiles, window, segment_ids)
+  bounds = key_tile_bounds(B, T, tiles, window, segment_ids)
 
-  def key_tile(b, i, j, first):
-    start, last = key_tile_range(i, first[b, i], tiles)
-    return jnp.minimum(start + j, last)
+  def key_tile(b, i, j, bounds):
+    return jnp.minimum(bounds[0, b, i] + j, last_key_tile(i, tiles))
 
   heads_spec = pl.BlockSpec((1, tiles.queries, tiles.heads * H),
-                            lambda b, h, i, s, j, first: (b, i, h * parts + s))
+                            lambda b, h, i, s, j, bounds: (b, i, h * parts + s))
   key_spec = pl.BlockSpec((1, tiles.keys, H),
-                          lambda b, h, i, s, j, first: (b, key_tile(b, i, j, first), h))
+                          lambda b, h, i, s, j, bounds: (b, key_tile(b, i, j, bounds), h))
   operands = [q.reshape(B, T, N * H), k.reshape(B, T, K * H), v.reshape(B, T, K * H)]
   in_specs = [heads_spec, key_spec, key_spec]
   if segment_ids is not None:
     operands += [segment_ids[:, None], segment_ids[:, None]]
     in_specs += [
-      pl.BlockSpec((1, 1, tiles.queries), lambda b, h, i, s, j, first: (b, 0, i)),
+      pl.BlockSpec((1, 1, tiles.queries), lambda b, h, i, s, j, bounds: (b, 0, i)),
       pl.BlockSpec((1, 1, tiles.keys),
-                   lambda b, h, i, s, j, first: (b, 0, key_tile(b, i, j, first)))]
+                   lambda b, h, i, s, j, bounds: (b, 0, key_tile(b, i, j, bounds)))]
   if sinks is not None:
     operands.append(sinks)
     in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
@@ -179,13 +206,13 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
   out_shape = [jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
                jax.ShapeDtypeStruct((B, K, parts, tiles.heads, T), jnp.float32)]
   out_specs = [heads_spec, pl.BlockSpec((1, 1, 1, tiles.heads, tiles.queries),
-                                        lambda b, h, i, s, j, first: (b, h, s, 0, i))]
+                                        lambda b, h, i, s, j, bounds: (b, h, s, 0, i))]
   scratch = [pltpu.VMEM((tiles.heads, 1, tiles.queries), jnp.float32)] * 2
   scratch.append(pltpu.VMEM((tiles.heads, H, tiles.queries), jnp.float32))
   if num_blocks:
     out_shape.append(jax.ShapeDtypeStruct((B, K, num_blocks, T), jnp.int32))
     out_specs.append(pl.BlockSpec((1, 1, num_blocks, tiles.queries),
-                                  lambda b, h, i, s, j, first: (b, h, 0, i)))
+                                  lambda b, h, i, s, j, bounds: (b, h, 0, i)))
     rows = -(-T // block_size // tpu_block_picks.ROWS) * tpu_block_picks.ROWS
     scratch.append(pltpu.VMEM((tiles.heads, rows, tiles.queries), jnp.float32))
     if parts > 1:
@@ -205,12 +232,12 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
       vmem_limit_bytes=tpu.vmem_limit()),
     interpret=interpret,
     name="oracle_attention_forward" if num_blocks else "attention_forward",
-  )(first, *operands)
+  )(bounds, *operands)
   out, lse = outs[:2]
   return (out.reshape(B, T, N, H), lse.reshape(B, N, T), outs[2] if num_blocks else None)
 
 
-def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
+def _kernel(bounds_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
             block_size, num_blocks, segmented, sunk):
   refs = list(refs)
   query_segments_ref, key_segments_ref = (refs.pop(0), refs.pop(0)) if segmented else (None, None)
@@ -220,7 +247,7 @@ def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
   max_s, sum_s, acc_s, *maxima = refs
   H = k_ref.shape[2]
   b, h, i, part, step = (pl.program_id(a) for a in range(5))
-  first, last = key_tile_range(i, first_ref[b, i], tiles)
+  first, last = bounds_ref[0, b, i], last_key_tile(i, tiles)
   j = first + step
   lanes = lambda g: pl.ds(g * H if isinstance(g, int) else pl.multiple_of(g * H, H), H)
 
@@ -236,41 +263,58 @@ def _kernel(first_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
     for g in range(tiles.heads):
       max_s[g] = jnp.full(max_s.shape[1:], sinks_ref[head + g] * LOG2E)
 
+  def logits(g, keys, masked):
+    s = dot(k_ref[0, keys, :], q_ref[0, :, lanes(g)], (1, 1)) * (scale * LOG2E)   # [keys, queries]
+    if not masked:
+      return s
+    segments = (None, None)
+    if segmented:
+      segments = query_segments_ref[0], key_segments_ref[0, :, keys]
+    corner = i * tiles.queries, j * tiles.keys + keys.start
+    return jnp.where(visible(*corner, s.shape, window, *segments), s, HIDDEN)
+
+  def absorb(g, keys, s):
+    """Takes the logits of some keys into block maxima, maximum, sum and output of a head."""
+    top = s
+    if num_blocks:
+      blocks = keys.size // block_size
+      first_block = (j * tiles.keys + keys.start) // block_size
+      top = s.reshape(blocks, block_size, tiles.queries).max(axis=1)
+      maxima[0][g, pl.ds(pl.multiple_of(first_block, blocks), blocks), :] = top
+    before = max_s[g]
+    now = jnp.maximum(before, top.max(axis=0, keepdims=True))
+    shrink = jnp.exp2(before - now)
+    p = jnp.exp2(s - now)
+    sum_s[g] = sum_s[g] * shrink + p.sum(axis=0, keepdims=True)
+    max_s[g] = now
+    v = v_ref[0, keys, :]
+    acc_s[g] = acc_s[g] * shrink + dot(v, p.astype(v.dtype), (0, 0))              # [H, queries]
+
   def attend(masked):
-    # Under a causal mask only the last tile or two are masked: not worth the code.
-    unroll = tiles.unroll and (not masked or window is not None)
-    k_once, v_once = (k_ref[0], v_ref[0]) if unroll else (None, None)
+    pieces = [pl.ds(a, tiles.piece) for a in range(0, tiles.keys, tiles.piece)]
+    # Under a causal mask only the last tile or two are masked: not worth the code of all heads.
+    if not tiles.unroll or (masked and window is None):
+      def head(g, _):
+        for keys in pieces:
+          absorb(g, keys, logits(g, keys, masked))
+        return 0
+      lax.fori_loop(0, tiles.heads, head, 0)
+      return
+    # The matrix units work on the logits of the next two pieces while the vector units are at the
+    # softmax of this one.
+    work = [(g, keys) for g in range(tiles.heads) for keys in pieces]
+    ready = [logits(*w, masked) for w in work[:AHEAD]]
+    for n, (g, keys) in enumerate(work):
+      if n + AHEAD < len(work):
+        ready.append(logits(*work[n + AHEAD], masked))
+      absorb(g, keys, ready.pop(0))
 
-    def head(g, _):
-      # Side by side, heads share one transpose of v; in a loop, a value from before it is spilled.
-      k, v = (k_once, v_once) if unroll else (k_ref[0], v_ref[0])
-      s = dot(k, q_ref[0, :, lanes(g)], (1, 1)) * (scale * LOG2E)         # [keys, queries]
-      if masked:
-        segments = (query_segments_ref[0], key_segments_ref[0]) if segmented else (None, None)
-        s = jnp.where(visible(i, j, tiles, window, *segments), s, HIDDEN)
-      if num_blocks:
-        blocks = tiles.keys // block_size
-        top = s.reshape(blocks, block_size, tiles.queries).max(axis=1)
-        maxima[0][g, pl.ds(pl.multiple_of(j * blocks, blocks), blocks), :] = top
-      else:
-        top = s
-      before = max_s[g]
-      now = jnp.maximum(before, top.max(axis=0, keepdims=True))
-      shrink = jnp.exp2(before - now)
-      p = jnp.exp2(s - now)
-      sum_s[g] = sum_s[g] * shrink + p.sum(axis=0, keepdims=True)
-      max_s[g] = now
-      acc_s[g] = acc_s[g] * shrink + dot(v, p.astype(v.dtype), (0, 0))    # [H, queries]
-      return 0
-
-    lax.fori_loop(0, tiles.heads, head, 0, unroll=unroll)
-
-  if segmented or window is not None:
+  if window is not None:
     pl.when(j <= last)(lambda: attend(True))
   else:
-    whole = (i * tiles.queries) // tiles.keys          # key tiles that every query sees
-    pl.when(j < whole)(lambda: attend(False))
-    pl.when((j >= whole) & (j <= last))(lambda: attend(True))
+    free = (j >= bounds_ref[1, b, i]) & (j < first_diagonal_tile(i, tiles))
+    pl.when(free)(lambda: attend(False))
+    pl.when(~free & (j <= last))(lambda: attend(True))
 
   @pl.when(j == last)
   def _():

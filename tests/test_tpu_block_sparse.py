@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import tpu_sparse_cost, tpu_static
 from pallas_kernels import block_sparse_attention as op
 from pallas_kernels.block_sparse_attention import mosaic_tpu, reference, tpu_plan
 from pallas_kernels.block_sparse_attention.mosaic_tpu import LoopConfig, Options
+from pallas_kernels.named_shapes import AttentionShape
 from tests import tpu_interpret
 from tests.attention_inputs import normal, packed_segments, qkv, random_blocks
 
@@ -40,15 +42,15 @@ class Case:
 
 
 CASES = {
-  "batch_and_segments": Case(batch=2, tokens=200, kv_heads=2, segmented=True),
+  "batch_and_segments": Case(batch=2, tokens=140, kv_heads=2, segmented=True),
   "group_of_one": Case(tokens=150, group=1, block_size=16, dtype="bfloat16", sinks=False),
   "group_of_three": Case(tokens=70, kv_heads=2, group=3, head_dim=24, value_dim=40, block_size=8),
   "wide_group": Case(tokens=100, group=16, head_dim=128, options=Options(
     interpret=tpu_interpret.INTERPRET)),
   "wide_heads": Case(tokens=70, group=8, head_dim=256, dtype="bfloat16", picks=2),
-  "key_segments": Case(tokens=250, block_size=16, picks=5, segmented=True, launches=2,
-                       backward_launches=4, options=dataclasses.replace(
-                         OPTIONS, vmem_bytes=int(7.75 * 2**20))),
+  "key_segments": Case(tokens=250, block_size=16, picks=5, segmented=True, launches=3,
+                       backward_launches=3, options=dataclasses.replace(
+                         OPTIONS, backward=LoopConfig(11, 2, 1), vmem_bytes=7500 << 10)),
   "dense": Case(tokens=300, block_size=16, options=dataclasses.replace(OPTIONS, dense=True)),
   "no_picks": Case(tokens=40, picks=0),
 }
@@ -117,8 +119,10 @@ def test_padding_documents_see_nothing(monkeypatch):
 
 
 def test_large_queries_go_by_parts_of_the_heads(monkeypatch):
-  monkeypatch.setattr(mosaic_tpu, "_PART_BYTES", 1 << 14)
-  check(Case(tokens=64, kv_heads=2, block_size=16), "by parts", monkeypatch)
+  monkeypatch.setattr(mosaic_tpu, "part_bytes", lambda: 1 << 14)
+  traces = 2                              # of one launch: for the shapes, and for the loop
+  check(Case(tokens=64, kv_heads=2, block_size=16, backward_launches=traces), "by parts",
+        monkeypatch)
 
 
 @pytest.mark.parametrize("tokens, group, block_size, picks", [
@@ -173,6 +177,19 @@ def test_wide_unions_go_dense_where_that_is_cheaper(monkeypatch, generation, pic
     options = Options(LoopConfig(3, 1, 1), dense_forward=LoopConfig(5, 1, 1), dense=forced)
     expected = [128, 5] if (want if forced is None else forced) else [32, 3]
     assert mosaic_tpu.choose(plan, options, run).tolist() == expected
+
+
+def test_counted_bundles_of_a_launch():
+  """Hand-counted: 2 heads x 4 tiles of 32 tokens, lists of 6.5 blocks in steps of 4, 2 a body."""
+  def span(start, bundles, depth, mxu):
+    return tpu_static.Span(start, bundles, depth, {"MXU": mxu}, {"MXU": mxu / bundles})
+  spans = [span(0, 30, 1, 0), span(30, 100, 1, 9), span(130, 600, 2, 500), span(730, 50, 2, 0)]
+  shape = AttentionShape(tokens=128, num_heads=8, num_kv_heads=2, head_dim=128)
+  got = tpu_sparse_cost.count(spans, shape, "fwd", 6.5, LoopConfig(4, 2, 4), 2)
+  assert got["bundles_per_step"] == 300 and got["steps"] == 16
+  # 16 steps and half a step for each of the 2 programs; 8 tiles finished; 2 programs started.
+  assert got["bundles"] == 17 * 300 + 8 * 50 + 2 * 100
+  assert got["flops_per_step"] == 2 * 2 * 4 * 64 * 128 * 128
 
 
 @pytest.mark.parametrize("change, named", [

@@ -24,6 +24,7 @@ HEADS = {"7b": (32, 8), "80b": (64, 4)}
 OPS = {
   "oracle_attention": (("oracle_attention_forward", "attention_backward"), 8),
   "sliding_window_attention": (("attention_forward", "attention_backward"), 8),
+  "block_sparse_attention": (("block_sparse_forward", "block_sparse_backward"), 13),
 }
 
 
@@ -48,6 +49,31 @@ def test_forward_and_backward_compile(op, generation, tokens, heads):
   assert memory.temp_size_in_bytes <= units * nbytes(arrays[0])
   assert (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
           <= tpu.GENERATIONS[generation].hbm_bytes)
+
+
+@pytest.mark.parametrize("generation, tokens, num_heads, kv_heads", [
+  ("v5p", 32_768, 64, 4), ("v5e", 131_072, 32, 8)])
+def test_hybrid_compiles(generation, tokens, num_heads, kv_heads):
+  """Its sparse branch is the block-sparse kernel; beside it the window, the gates, the sum.
+
+  80B heads at 128k stay out: q, two gates, their gradients and dout alone take 15 GB of v5e's 16.
+  """
+  shape = AttentionShape(tokens=tokens, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=128)
+  fn, arrays = tpu_cases.case("hybrid_sparse_attention", shape, "fwd_bwd")
+  lowered = tpu.lower_for(generation, fn, *arrays)
+  text = lowered.as_text()
+  for kernel in ("block_sparse_forward", "block_sparse_backward", "attention_backward"):
+    assert f'kernel_name = "{kernel}"' in text
+  memory = lowered.compile().memory_analysis()
+  assert (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+          <= tpu.GENERATIONS[generation].hbm_bytes)
+
+
+def test_plan_compiles():
+  shape = AttentionShape(tokens=131_072, num_heads=32, num_kv_heads=8, head_dim=128)
+  fn, arrays = tpu_cases.case("block_sparse_plan", shape, "fwd")
+  memory = tpu.compile_for("v5e", fn, *arrays).memory_analysis()
+  assert memory.temp_size_in_bytes <= 9 * nbytes(arrays[0])      # keys, words, twice each
 
 
 @pytest.mark.parametrize("generation", ["v5p", "v6e"])

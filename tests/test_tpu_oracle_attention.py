@@ -1,4 +1,4 @@
-"""`oracle_attention` on TPU against the reference, in TPU interpret mode at its strictest."""
+"""`oracle_attention` on TPU against the reference, in strict TPU interpret mode."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import tpu, tpu_attention
+from pallas_kernels import tpu, tpu_attention, tpu_attention_forward
 from pallas_kernels.oracle_attention import mosaic_tpu, reference
 from tests import tpu_interpret
 from tests.attention_inputs import normal, packed_segments, qkv, small_integers
@@ -111,6 +111,31 @@ def test_a_segment_that_comes_back_is_one_segment(monkeypatch):
   want, want_indices = plain(*inputs)
   tpu_interpret.assert_like_reference(out, want, "float32")
   np.testing.assert_array_equal(indices, want_indices)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_key_tile_bounds(seed):
+  """Nothing visible before the first tile, all visible from the second up to the diagonal."""
+  tiles = tpu_interpret.ForwardTiles(queries=128, keys=256 if seed % 2 else 128, piece=128)
+  segments = np.sort(np.random.default_rng(seed).integers(0, 3, size=(2, 1024)), axis=1)
+  if seed == 3:
+    segments[:, 300:600] = 0
+    segments[0] = segments[0, ::-1]
+  first, clear = np.asarray(tpu_attention_forward.key_tile_bounds(
+    2, 1024, tiles, None, jnp.asarray(segments, jnp.int32)))
+  seen = np.tril((segments[:, :, None] == segments[:, None]) & (segments[:, :, None] != 0))
+  seen = seen.reshape(2, 8, 128, 1024 // tiles.keys, tiles.keys)
+  some, every = seen.any((2, 4)), seen.all((2, 4))
+  for b, i in np.ndindex(2, 8):
+    diagonal = i * 128 // tiles.keys
+    assert not some[b, i, :first[b, i]].any() and first[b, i] <= diagonal
+    if (np.diff(segments[b]) >= 0).all():
+      assert some[b, i, first[b, i]] or first[b, i] == diagonal
+    assert every[b, i, clear[b, i]:diagonal].all()
+    assert clear[b, i] == 0 or clear[b, i] >= diagonal or not every[b, i, clear[b, i] - 1]
+  windowed = np.asarray(tpu_attention_forward.key_tile_bounds(2, 1024, tiles, 200, None))[0]
+  np.testing.assert_array_equal(
+    windowed, np.tile([max(i * 128 - 199, 0) // tiles.keys for i in range(8)], (2, 1)))
 
 
 def test_no_blocks_is_plain_causal_attention():

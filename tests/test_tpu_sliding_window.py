@@ -1,4 +1,4 @@
-"""`sliding_window_attention` on TPU against the reference, in TPU interpret mode at its strictest."""
+"""`sliding_window_attention` on TPU against the reference, in strict TPU interpret mode."""
 
 import functools
 

@@ -14,7 +14,7 @@ INTERPRET = tpu.interpret_params()
 
 def small_tiles(monkeypatch, queries=128, keys=128, chunk=256, heads=2):
   """Makes short sequences span several tiles, chunks and parts of a group."""
-  monkeypatch.setattr(tpu_attention, "LARGEST_FORWARD", ForwardTiles(queries, keys, heads))
+  monkeypatch.setattr(tpu_attention, "LARGEST_FORWARD", ForwardTiles(queries, keys, heads, keys))
   monkeypatch.setattr(tpu_attention, "LARGEST_BACKWARD",
                       BackwardTiles(queries, queries, chunk, heads))
 

@@ -25,7 +25,6 @@ from pallas_kernels.block_sparse_attention.mosaic_tpu_schedule import LOG2E, Loo
 make_plan = tpu_plan.make_plan
 
 _COMPILER_BYTES = 6 << 20      # of VMEM: spilled registers and the compiler's own scratch
-_PART_BYTES = 1 << 30          # of q that a backward pass works on at a time
 _OP = "block_sparse_attention"
 
 # Above this share of the causal blocks the unions are not worth their lists: bundles a (block, 128
@@ -204,10 +203,10 @@ def run_forward(q, k, v, sinks, segment_ids, scale, plan, options):
 
 
 def by_heads(fn, inputs, axes):
-  """fn(inputs) -> {name: [B,T,n,D] or [n] or None}, a part of the KV heads at a time if q is large.
+  """fn(inputs) -> {name: [B,T,n,...] or [n] or None}, for a part of the KV heads at a time.
 
-  A backward pass holds some ten arrays of q's size, float32 ones among them; past `_PART_BYTES`
-  of q the KV heads therefore go through in equal parts, one after the other.
+  A backward pass holds some ten arrays of q's size, float32 ones among them: where q is more than
+  a 64th of the memory, the KV heads go through in equal parts, one after the other.
 
   Args:
     inputs: {name: array or None}, with "q" and "k".
@@ -215,7 +214,7 @@ def by_heads(fn, inputs, axes):
   """
   q, kv_heads = inputs["q"], inputs["k"].shape[2]
   parts = min(n for n in range(1, kv_heads + 1)
-              if kv_heads % n == 0 and (q.size * q.dtype.itemsize <= n * _PART_BYTES
+              if kv_heads % n == 0 and (q.size * q.dtype.itemsize <= n * part_bytes()
                                         or n == kv_heads))
   if parts == 1:
     return fn(inputs)
@@ -228,11 +227,27 @@ def by_heads(fn, inputs, axes):
       return lax.dynamic_slice_in_dim(x, number * width, width, axes[name])
     return fn({name: some(name, x) for name, x in inputs.items()})
 
-  def joined(x):                                     # [parts,B,T,n,D] -> [B,T,parts*n,D]
-    return x.reshape(-1) if x.ndim == 2 else jnp.moveaxis(x, 0, 2).reshape(
-      *x.shape[1:3], -1, x.shape[-1])
+  def place(number, found):            # into the whole arrays, so that no second copy exists
+    def put(whole, x):
+      axis = min(x.ndim - 1, 2)
+      return lax.dynamic_update_slice_in_dim(whole, x, number * x.shape[axis], axis)
+    return jax.tree.map(put, found, part(number))
 
-  return jax.tree.map(joined, lax.map(part, jnp.arange(parts)))
+  def whole(x):
+    axis = min(len(x.shape) - 1, 2)
+    return jnp.zeros((*x.shape[:axis], parts * x.shape[axis], *x.shape[axis + 1:]), x.dtype)
+
+  found = jax.tree.map(whole, jax.eval_shape(part, jnp.int32(0)))
+  return lax.fori_loop(0, parts, place, found)
+
+
+def part_bytes():
+  """Bytes of q that `by_heads` works on at a time."""
+  try:
+    info = pltpu.get_tpu_info()
+  except ValueError:                    # "Unsupported TPU device kind: cpu"
+    return 1 << 30
+  return info.hbm_capacity_bytes * info.num_cores // 64
 
 
 PLAN_AXES = {"blocks": 1, "words": 1, "counts": 1}

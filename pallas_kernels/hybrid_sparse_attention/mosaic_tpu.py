@@ -173,16 +173,15 @@ class WindowEpilogue:
       refs.lse_local[0, 0, pl.ds(tile, 1), :] = lse
 
 
-def _forward(arrays, window, scale, residuals, plan, options):
+def _forward(window, scale, residuals, inputs, plan, options):
   """{"out": [B,T,N,E]} and, as residuals, both branches' results and log2-sum-exp f32 [B,T,N]."""
-  q, k, v = arrays["q"], arrays["k_shared"], arrays["v_shared"]
-  segment_ids = arrays["segment_ids"]
+  q, k, v, segment_ids = (inputs[name] for name in ("q", "k", "v", "segment_ids"))
   make = functools.partial(sparse.Layout, OP, plan, options.forward, options, q, k, v, segment_ids)
-  epilogue = WindowEpilogue(make(), arrays, window, residuals)
+  epilogue = WindowEpilogue(make(), inputs, window, residuals)
   layout = make(extra=epilogue.vmem_bytes())
   results = mosaic_tpu_forward.forward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), plan, layout.config,
-    segment_blocks=layout.segment_blocks, sinks=layout.sinks(arrays["sinks_sparse"]),
+    segment_blocks=layout.segment_blocks, sinks=layout.sinks(inputs["sinks_sparse"]),
     segment_ids=segment_ids, epilogue=epilogue, interpret=options.interpret,
     vmem_limit=options.vmem_bytes or tpu.vmem_limit())
   width = v.shape[-1]
@@ -194,45 +193,51 @@ def _forward(arrays, window, scale, residuals, plan, options):
   return found
 
 
+def _by_heads(run, inputs, plan, options):
+  """run(inputs, plan, options) for some KV heads at a time, on the plan that suits their picks."""
+  axes = {name: 0 if name.startswith("sinks") else 2 for name in inputs if name != "segment_ids"}
+  return sparse.by_heads(
+    lambda some: sparse.choose(sparse.plan_of(plan, some), options, functools.partial(run, some)),
+    inputs | sparse.plan_arrays(plan), axes | sparse.PLAN_AXES)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _attention(arrays, plan, window, scale, options):
-  return sparse.choose(plan, options, functools.partial(
-    _forward, arrays, window, scale, False))["out"]
+def _attention(inputs, plan, window, scale, options):
+  return _by_heads(functools.partial(_forward, window, scale, False), inputs, plan, options)["out"]
 
 
-def _attention_fwd(arrays, plan, window, scale, options):
-  found = sparse.choose(plan, options, functools.partial(_forward, arrays, window, scale, True))
-  return found.pop("out"), (arrays, plan, found)
+def _attention_fwd(inputs, plan, window, scale, options):
+  found = _by_heads(functools.partial(_forward, window, scale, True), inputs, plan, options)
+  return found.pop("out"), (inputs, plan, found)
 
 
 def _attention_bwd(window, scale, options, saved, dout):
-  arrays, plan, found = saved
-  inputs = {name: x for name, x in (arrays | found).items() if not name.endswith("_shared")}
-  inputs |= {"k": arrays["k_shared"], "v": arrays["v_shared"], "dout": dout}
-  axes = {name: 0 if name.startswith("sinks") else 2 for name in inputs if name != "segment_ids"}
-  grads = sparse.by_heads(
-    lambda some: _backward(some, sparse.plan_of(plan, some), window, scale, options),
-    inputs | sparse.plan_arrays(plan), axes | sparse.PLAN_AXES)
+  inputs, plan, found = saved
+  grads = _by_heads(functools.partial(_backward, window, scale), inputs | found | {"dout": dout},
+                    plan, options)
   return grads | {"segment_ids": None}, None
 
 
-def _backward(inputs, plan, window, scale, options):
-  """Gradients {name: array} of every float array of the call, for some of its KV heads."""
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _backward(window, scale, inputs, plan, options):
+  """{name: gradient} of every float array of the call."""
   q, segment_ids, grads = inputs["q"], inputs["segment_ids"], {}
   dout = inputs["dout"].astype(jnp.float32)
   branch = {}
   for name in ("sparse", "local"):
     gate = inputs[f"gate_{name}"]
-    branch[name] = (dout * gate.astype(jnp.float32)).astype(q.dtype)
+    branch[name] = dout * gate.astype(jnp.float32)     # rounded for the matrix unit only
     dgate = dout * inputs[f"out_{name}"].astype(jnp.float32)
     if gate.shape[-1] == 1:
       dgate = dgate.sum(-1, keepdims=True)
     grads[f"gate_{name}"] = dgate.astype(gate.dtype)
-  some = {"q": q, "k": inputs["k"], "v": inputs["v"], "sinks": inputs["sinks_sparse"],
-          "segment_ids": segment_ids, "out": inputs["out_sparse"], "lse": inputs["lse_sparse"],
-          "dout": branch["sparse"]}
-  shared = sparse.choose(plan, options, functools.partial(sparse.run_backward, OP, some, scale))
-  grads |= {"k_shared": shared["k"], "v_shared": shared["v"], "sinks_sparse": shared["sinks"]}
+  shared = sparse.run_backward(
+    OP, {"q": q, "k": inputs["k"], "v": inputs["v"], "sinks": inputs["sinks_sparse"],
+         "segment_ids": segment_ids, "out": inputs["out_sparse"], "lse": inputs["lse_sparse"],
+         "dout": branch["sparse"]}, scale, plan, options)
+  grads |= {"k": shared["k"], "v": shared["v"], "sinks_sparse": shared["sinks"]}
   tiles = tpu_attention.backward_tiles(
     q.shape[1], q.shape[2] // inputs["k"].shape[2], max(q.shape[3], inputs["v"].shape[3]), q.dtype,
     window=window)
@@ -244,9 +249,6 @@ def _backward(inputs, plan, window, scale, options):
     interpret=options.interpret)
   grads["q"] = (shared["q"].astype(jnp.float32) + dq.astype(jnp.float32)).astype(q.dtype)
   return grads
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
@@ -262,10 +264,13 @@ def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_loc
   group, width = q.shape[2] // k_shared.shape[2], v_shared.shape[-1]
   plan = sparse.pick_plan(OP, plan, block_indices, group, block_size)
   last = 1 if gate_sparse.shape[-1] == gate_local.shape[-1] == 1 else width
-  gate_sparse, gate_local = (
-    jnp.broadcast_to(gate, (*q.shape[:3], last)) for gate in (gate_sparse, gate_local))
-  arrays = {"q": q, "k_shared": k_shared, "v_shared": v_shared, "k_local": k_local,
-            "v_local": v_local, "gate_sparse": gate_sparse, "gate_local": gate_local,
+
+  def spread(gate):                 # one that is shared adds up its gradient in float32
+    shape = (*q.shape[:3], last)
+    return gate if gate.shape == shape else jnp.broadcast_to(gate.astype(jnp.float32), shape)
+
+  inputs = {"q": q, "k": k_shared, "v": v_shared, "k_local": k_local, "v_local": v_local,
+            "gate_sparse": spread(gate_sparse), "gate_local": spread(gate_local),
             "sinks_sparse": sinks_sparse, "sinks_local": sinks_local, "segment_ids": segment_ids}
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  return _attention(arrays, plan, min(window, q.shape[1]), float(scale), options or Options())
+  return _attention(inputs, plan, min(window, q.shape[1]), float(scale), options or Options())

@@ -1,0 +1,68 @@
+"""Schedules read from the TPU compiler's dump, and what is counted from them."""
+
+import importlib.util
+
+import pytest
+
+from experiments import tpu_cost, tpu_static
+from pallas_kernels import tpu
+from pallas_kernels.named_shapes import PAPER
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="libtpu is not published for this platform")
+
+BUNDLES = """
+     0   :  { %1 = nop }
+ 0x1 LB: > { %2 = sbr.rel target }
+ 0x2   : >> { %3 = vmatmul }
+ 0x3   : >> { %4 = vmatmul }
+ 0x4 LE: > { %5 = nop }
+ 0x5   :  { %6 = nop }
+"""
+UNITS = """== CAPACITY:
+MXU, VALU
+    4     2
+== UTILIZATION:
+0 1
+0 1
+4 0
+2 1
+0 0
+0 0
+"""
+
+
+def test_spans_of_a_schedule(tmp_path):
+  (tmp_path / "12-kernel.1-70-final_hlo-static-per-bundle-utilization.txt").write_text(UNITS)
+  (tmp_path / "12-kernel.1-72-final_bundles.txt").write_text(BUNDLES)
+  (tmp_path / "12-other_kernel.1-72-final_bundles.txt").write_text("")
+  (tmp_path / "12-kernel.1-71-schedule-analysis_final_bundles.txt").write_text("")
+  found = tpu_static.spans(tmp_path, "kernel")
+  hot = max(found, key=lambda s: s.units["MXU"])
+  assert (hot.start, hot.bundles, hot.depth) == (1, 3, 2)
+  assert hot.units == {"MXU": 6, "VALU": 2}
+  assert hot.share == {"MXU": 0.5, "VALU": 2 / 6}
+  with pytest.raises(RuntimeError, match="kernel 'absent': the dump has 0 schedules, wanted 1"):
+    tpu_static.spans(tmp_path, "absent")
+
+
+@needs_libtpu
+def test_the_oracle_costs_little_more_than_the_same_attention_without_it():
+  """The target for a group of 4 on v5e: 1.07, selection included."""
+  oracle, plain = (tpu_cost.row(op, "7b_32k", "v5e", "fwd")
+                   for op in ("oracle_attention", "causal_attention"))
+  shape, facts = PAPER["7b_32k"], tpu.GENERATIONS["v5e"]
+  # 64 query tiles see 1, 1, 2, 2, ... 32, 32 key tiles; 8 KV heads.
+  assert oracle["steps"] == plain["steps"] == 8 * 32 * 33
+  flops = 4 * shape.num_heads * shape.head_dim * 512 * 1024 * 32 * 33
+  assert oracle["mxu_floor_bundles"] * oracle["steps"] * facts.flops_per_bundle == flops
+  assert oracle["bundles"] > oracle["steps"] * oracle["bundles_per_step"]
+  assert 0 < oracle["selection_share"] < 0.04 and plain["selection_share"] == 0
+  assert oracle["bundles"] <= 1.07 * plain["bundles"]
+  assert oracle["vmem_bytes"] - plain["vmem_bytes"] >= 4 * 4 * 512 * 512      # the block maxima
+
+
+@needs_libtpu
+def test_a_compiler_error_is_passed_on():
+  with pytest.raises(RuntimeError, match="nowhere"):
+    tpu_static.dump("nowhere", len, [])
