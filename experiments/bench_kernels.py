@@ -28,6 +28,7 @@ from pallas_kernels import named_shapes, tpu
 
 OPS = ("oracle_attention", "block_sparse_attention", "sliding_window_attention",
        "hybrid_sparse_attention", "index_plan")
+COUNTED = OPS[:3]       # the hybrid op's kernel is the block-sparse one, with an ending of its own
 UNSELECTIVE = ("oracle_attention", "sliding_window_attention")   # take no picks
 PASSES = {"gpu": ("fwd", "fwd_bwd"), "tpu": ("fwd", "fwd_bwd"), "tpu_static": ("fwd", "bwd")}
 KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
@@ -188,11 +189,11 @@ def bench(platform, shape_name, ops, names, passes, emit):
 
 
 def count(op, shape_name, generation, which, peers):
-  """A row of `tpu_cost`, with its ratios to the kernels it stands beside.
+  """Rows of `tpu_cost` or `tpu_sparse_cost`, with their ratios to the kernels they stand beside.
 
   peers: {(op, shape, generation): row} counted so far; grows.
   """
-  from experiments import tpu_cost
+  from experiments import tpu_cost, tpu_sparse_cost
 
   def estimated(peer):
     key = peer, shape_name, generation
@@ -200,13 +201,17 @@ def count(op, shape_name, generation, which, peers):
       peers[key] = tpu_cost.row(*key, "fwd")
     return peers[key]["estimated_ms"]
 
-  row = tpu_cost.row(op, shape_name, generation, which)
-  if which == "fwd":
-    splash = estimated("splash_attention")
-    row |= {"peer": "splash", "peer_ms": splash, "speedup": splash / row["estimated_ms"]}
-    if op == "oracle_attention":
-      row |= {"cost_of_choosing": row["estimated_ms"] / estimated("causal_attention")}
-  return row
+  if op == "block_sparse_attention":
+    counted = tpu_sparse_cost.rows(op, shape_name, generation, which)
+  else:
+    counted = [tpu_cost.row(op, shape_name, generation, which)]
+  for row in counted:
+    if which == "fwd":
+      splash = estimated("splash_attention")
+      row |= {"peer": "splash", "peer_ms": splash, "speedup": splash / row["estimated_ms"]}
+      if op == "oracle_attention":
+        row |= {"cost_of_choosing": row["estimated_ms"] / estimated("causal_attention")}
+    yield row
 
 
 def main(argv):
@@ -214,7 +219,10 @@ def main(argv):
   del argv
   platform = _PLATFORM.value
   passes = _PASS.value or PASSES[platform]
-  for given, known, what in ((_OP.value, OPS, "op"), (_SHAPE.value, named_shapes.LARGE, "shape"),
+  ops, shapes = (OPS, named_shapes.LARGE)
+  if platform == "tpu_static":
+    ops, shapes = COUNTED, named_shapes.PAPER
+  for given, known, what in ((_OP.value, ops, "op"), (_SHAPE.value, shapes, "shape"),
                              (passes, PASSES[platform], "pass"),
                              (_GENERATION.value, tpu.GENERATIONS, "generation")):
     if not set(given) <= set(known):
@@ -225,12 +233,12 @@ def main(argv):
       for generation in _GENERATION.value:
         for op in _OP.value:
           for which in passes:
-            row = count(op, shape_name, generation, which, peers)
-            rows.emit(row, f"{op:26} {shape_name:8} {generation:4} {which:4}"
-                           f"{row['bundles_per_step']:8} bundles a step"
-                           f"{100 * row['mxu_share']:6.1f} % of the MXU floor"
-                           f"{row['estimated_ms']:9.2f} ms estimated"
-                           f"{row.get('speedup', 0):7.2f}x splash", device=None)
+            for row in count(op, shape_name, generation, which, peers):
+              rows.emit(row, f"{op:26} {shape_name:8} {row.get('selection', ''):9} {generation:4} "
+                             f"{which:4}{row['bundles_per_step']:7} bundles a step"
+                             f"{100 * row['mxu_share']:6.1f} % of the MXU floor"
+                             f"{row['estimated_ms']:9.2f} ms estimated"
+                             f"{row.get('speedup', 0):7.2f}x splash", device=None)
     return
   if jax.default_backend() != platform:
     raise UserError(f"--platform={platform}: found {jax.default_backend()}")

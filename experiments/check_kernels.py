@@ -4,7 +4,7 @@
 
 Per op and shape: the relative error of the output and of every gradient, how many rows picked
 other blocks than the reference (they may only where two blocks tie within float32's rounding), and
-whether two runs gave the same bits. Exits with 1 if an error is larger than the rounding of bfloat16
+whether two runs gave the same bits. Exits with 1 if an error is larger than bfloat16's rounding
 explains or if a pick is wrong.
 """
 

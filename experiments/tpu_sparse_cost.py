@@ -1,6 +1,6 @@
 """What the block-sparse TPU kernels should cost, from their schedules: bundles times how often.
 
-    rows = [tpu_sparse_cost.row("block_sparse_attention", "7b_32k", "v5e", "fwd", union=71)]
+    rows = tpu_sparse_cost.rows("block_sparse_attention", "7b_32k", "v5e", "fwd")
 
 Counts, not timings: no wait for HBM, for DMA or between grid steps is in them. How often the loop
 runs depends on the picks, here on the mean union of a tile's tokens. A list is padded to whole
@@ -74,21 +74,21 @@ def _run(shape, which, q, k, v, out, lse, dout):
                                "out": out, "lse": lse, "dout": dout}, scale, plan, options)
 
 
-def row(op, shape_name, generation, which, union=None):
-  """Compiles the list kernel for one shape and generation and counts it.
+def rows(op, shape_name, generation, which, unions=None):
+  """Compiles the list kernel for one shape and generation and counts it, for several selections.
 
   Args:
     op: "block_sparse_attention", whose kernels "hybrid_sparse_attention" shares.
     shape_name: a key of `named_shapes.PAPER`.
     generation: a key of `tpu.GENERATIONS`.
     which: "fwd" or "bwd".
-    union: mean blocks of a tile's list; None is that of the recorded selections.
+    unions: {selection: mean blocks of a tile's list}; None is `UNIONS` at the shape's group.
 
   Returns:
-    A dict: op, shape, generation, pass, impl, union, bundles_per_step, steps, mxu_floor_bundles (a
-    step's FLOPs at the published peak), mxu_share (floor over bundles), mxu_busy (slots of the
-    matrix units), whole_share (the union's FLOPs at peak over all bundles: padding, starts and
-    ends included), bundles (of one core), estimated_ms, vmem_bytes, temp_bytes.
+    A dict for each: op, shape, selection, generation, pass, impl, union, bundles_per_step, steps,
+    mxu_floor_bundles (a step's FLOPs at the published peak), mxu_share (floor over bundles),
+    mxu_busy (slots of the matrix units), whole_share (the union's FLOPs at peak over all bundles:
+    padding, starts and ends included), bundles (of one core), estimated_ms, vmem_bytes, temp_bytes.
 
   Raises:
     ValueError: another op.
@@ -96,26 +96,30 @@ def row(op, shape_name, generation, which, union=None):
   if op != "block_sparse_attention":
     raise ValueError(f"op: got {op!r}, want 'block_sparse_attention'")
   shape, facts = PAPER[shape_name], tpu.GENERATIONS[generation]
-  if union is None:
-    union = UNIONS["trace"][shape.num_heads // shape.num_kv_heads]
+  if unions is None:
+    group = shape.num_heads // shape.num_kv_heads
+    unions = {name: mean[group] for name, mean in UNIONS.items()}
   kernel, matmuls = _KERNELS[which]
   directory, memory = tpu_static.dump(
     generation, functools.partial(_run, shape, which), *_arrays(shape))
   try:
-    options = mosaic_tpu.Options()
-    config = options.forward if which == "fwd" else options.backward
-    found = count(tpu_static.spans(directory, kernel), shape, which, union, config, matmuls)
-    vmem = tpu_static.vmem_bytes(directory, kernel)
+    spans, vmem = tpu_static.spans(directory, kernel), tpu_static.vmem_bytes(directory, kernel)
   finally:
     shutil.rmtree(directory)
-  floor = found["flops_per_step"] / facts.flops_per_bundle
-  bundles = found["bundles"] / facts.cores
-  return {
-    "op": op, "shape": shape_name, "generation": generation, "pass": which, "impl": "mosaic_tpu",
-    "union": union, "bundles_per_step": round(found["bundles_per_step"]), "steps": found["steps"],
-    "mxu_floor_bundles": round(floor), "mxu_share": round(floor / found["bundles_per_step"], 3),
-    "mxu_busy": round(found["mxu_busy"], 3),
-    "whole_share": round(found["useful_flops"] / facts.flops_per_bundle / found["bundles"], 3),
-    "bundles": round(bundles), "estimated_ms": round(bundles / facts.clock_hz * 1e3, 3),
-    "vmem_bytes": vmem, "temp_bytes": memory["temp_bytes"],
-  }
+  options = mosaic_tpu.Options()
+  config = options.forward if which == "fwd" else options.backward
+  out = []
+  for selection, union in unions.items():
+    found = count(spans, shape, which, union, config, matmuls)
+    floor = found["flops_per_step"] / facts.flops_per_bundle
+    bundles = found["bundles"] / facts.cores
+    out.append({
+      "op": op, "shape": shape_name, "selection": selection, "generation": generation,
+      "pass": which, "impl": "mosaic_tpu", "union": union,
+      "bundles_per_step": round(found["bundles_per_step"]), "steps": found["steps"],
+      "mxu_floor_bundles": round(floor), "mxu_share": round(floor / found["bundles_per_step"], 3),
+      "mxu_busy": round(found["mxu_busy"], 3),
+      "whole_share": round(found["useful_flops"] / facts.flops_per_bundle / found["bundles"], 3),
+      "bundles": round(bundles), "estimated_ms": round(bundles / facts.clock_hz * 1e3, 3),
+      "vmem_bytes": vmem, "temp_bytes": memory["temp_bytes"]})
+  return out
