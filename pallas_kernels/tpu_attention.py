@@ -10,6 +10,7 @@ import math
 import jax.numpy as jnp
 
 from pallas_kernels import tpu, tpu_attention_backward, tpu_attention_forward, tpu_block_picks
+from pallas_kernels.checks import NotCoveredError
 from pallas_kernels.tpu_attention_backward import BackwardTiles
 from pallas_kernels.tpu_attention_forward import ForwardTiles
 
@@ -30,15 +31,15 @@ def tile_of(tokens):
 
 
 def check(op, q, k, v):
-  """Raises NotImplementedError for dtypes and head dims that the kernels do not take."""
+  """Raises NotCoveredError for dtypes and head dims that the kernels do not take."""
   dtypes = sorted({jnp.dtype(x.dtype).name for x in (q, k, v)})
   if dtypes not in (["bfloat16"], ["float32"]):
-    raise NotImplementedError(
+    raise NotCoveredError(
       f"{op} mosaic_tpu: q, k, v are {', '.join(dtypes)}; wanted all bfloat16 or all float32; "
       "cast them")
   widest = max(q.shape[-1], v.shape[-1])
   if widest > MAX_HEAD_DIM:
-    raise NotImplementedError(
+    raise NotCoveredError(
       f"{op} mosaic_tpu: head dim {widest}; wanted at most {MAX_HEAD_DIM}; "
       'use implementation="reference"')
 
@@ -49,7 +50,7 @@ def key_unit(op, block_size, num_blocks):
     return 128
   unit = math.lcm(8 * block_size, 128)
   if block_size % 8 or unit > MAX_KEYS:
-    raise NotImplementedError(
+    raise NotCoveredError(
       f"{op} mosaic_tpu: block_size={block_size}; wanted a multiple of 8 with "
       f"lcm(8*block_size, 128) at most {MAX_KEYS}, such as 64; use implementation=\"reference\"")
   return unit
@@ -84,7 +85,7 @@ def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=No
     while size() > budget and queries > 128:
       queries //= 2
     if size() > budget:
-      raise NotImplementedError(
+      raise NotCoveredError(
         f"oracle_attention mosaic_tpu: T={tokens} has {rows} blocks of {block_size}, whose scores "
         f"take {size()} bytes of VMEM; wanted at most {budget}; use larger blocks")
   halves = keys % (2 * unit) == 0

@@ -279,7 +279,7 @@ def _kernel(bounds_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
     if num_blocks:
       blocks = keys.size // block_size
       first_block = (j * tiles.keys + keys.start) // block_size
-      top = s.reshape(blocks, block_size, tiles.queries).max(axis=1)
+      top = tpu_block_picks.block_maxima(s, block_size)
       maxima[0][g, pl.ds(pl.multiple_of(first_block, blocks), blocks), :] = top
     before = max_s[g]
     now = jnp.maximum(before, top.max(axis=0, keepdims=True))

@@ -9,11 +9,33 @@ and only at the end of a sweep are the eight merged. Scores are compared as they
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 ROWS = 64            # blocks per loop iteration: enough work to hide the loop
 HIDDEN = -3e30       # logit, or score, of what is not visible
 LOWEST = -1e30       # every visible one is above
 NONE = 2**30
+
+
+def block_maxima(logits, block_size):
+  """f32 [keys, queries] -> [keys / block_size, queries]: each block's largest, 8 blocks together.
+
+  The 8 rows that remain of each of 8 blocks become one row each in three rounds: rows whose bit is
+  0 keep the first block of a pair, the others the second, and each takes the larger of its own
+  and of the row that the round brings around. A plain reduction costs half as much again.
+  """
+  queries = logits.shape[1]
+  row = lax.broadcasted_iota(jnp.int32, (8, queries), 0)
+  rows = []
+  for first in range(0, logits.shape[0], 8 * block_size):
+    left = [logits[a:a + block_size].reshape(-1, 8, queries).max(axis=0)
+            for a in range(first, first + 8 * block_size, block_size)]
+    for shift in (1, 2, 4):
+      even = (row & shift) == 0
+      left = [jnp.maximum(jnp.where(even, a, b), pltpu.roll(jnp.where(even, b, a), shift, 0))
+              for a, b in zip(left[::2], left[1::2])]
+    rows += left
+  return jnp.concatenate(rows)
 
 
 def group_scores(maxima_ref, lse, score_ref, first, last, rest):

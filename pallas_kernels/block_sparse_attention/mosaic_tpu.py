@@ -21,6 +21,7 @@ from pallas_kernels import tpu
 from pallas_kernels.block_sparse_attention import mosaic_tpu_backward, mosaic_tpu_forward, tpu_plan
 from pallas_kernels.block_sparse_attention import mosaic_tpu_schedule as schedule
 from pallas_kernels.block_sparse_attention.mosaic_tpu_schedule import LOG2E, LoopConfig
+from pallas_kernels.checks import NotCoveredError
 
 make_plan = tpu_plan.make_plan
 
@@ -56,7 +57,7 @@ class Options:
 
 
 def check_support(op, arrays, block_size):
-  """Raises NotImplementedError naming what the kernels cannot do.
+  """Raises NotCoveredError naming what the kernels cannot do.
 
   arrays: {name: array} of queries, keys and values.
   """
@@ -65,15 +66,15 @@ def check_support(op, arrays, block_size):
   wanted += [(f"{name} dtype", x.dtype, (q.dtype,)) for name, x in arrays.items()]
   for name, value, allowed in wanted:
     if value not in allowed:
-      raise NotImplementedError(
+      raise NotCoveredError(
         f"{op} on TPU: got {name} {value}, want {' or '.join(map(str, allowed))}")
   for name, x in arrays.items():
     if x.shape[-1] > 256:
-      raise NotImplementedError(
+      raise NotCoveredError(
         f"{op} on TPU: got {name} head dim {x.shape[-1]}, want at most 256")
   rows = 8 if q.dtype == jnp.float32 else 16
   if block_size % rows:
-    raise NotImplementedError(
+    raise NotCoveredError(
       f"{op} on TPU: got block_size {block_size}, want a multiple of {rows} for {q.dtype}")
 
 
@@ -101,7 +102,7 @@ def segment_blocks(op, plan, key_bytes, program_bytes, options):
   budget = options.vmem_bytes or tpu.vmem_limit()
   fit = (budget - program_bytes - _COMPILER_BYTES) // (key_bytes * plan.block_size)
   if fit < 1:
-    raise NotImplementedError(
+    raise NotCoveredError(
       f"{op} on TPU: a block of {plan.block_size} keys and {program_bytes >> 20} MiB of queries do "
       f"not fit {budget >> 20} MiB of VMEM; use a smaller block_size")
   return -(-blocks // -(-blocks // fit))
@@ -318,7 +319,7 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
   share its cost; made here without one.
 
   Raises:
-    NotImplementedError: dtypes other than bfloat16 and float32, head dims over 256, G over 128, a
+    NotCoveredError: dtypes other than bfloat16 and float32, head dims over 256, G over 128, a
       block_size that is no multiple of 16 (float32: 8).
   """
   check_support(_OP, {"q": q, "k": k, "v": v}, block_size)

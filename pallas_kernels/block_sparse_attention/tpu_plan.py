@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.checks import NotCoveredError
+
 
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=("blocks", "words", "counts"),
@@ -86,10 +88,10 @@ def padded_group(group):
   """Query heads to a KV head that the kernels run with: the next power of 2.
 
   Raises:
-    NotImplementedError: more than 128.
+    NotCoveredError: more than 128.
   """
   if group > 128:
-    raise NotImplementedError(
+    raise NotCoveredError(
       f"block_sparse_attention on TPU: got G={group} query heads to a KV head, want at most 128")
   return 1 << (group - 1).bit_length()
 
