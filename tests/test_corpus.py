@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from hysparse_jax import corpus
 from hysparse_jax.config import DataConfig
 from hysparse_jax.corpus import Corpus
 from hysparse_jax.errors import UserError
