@@ -36,6 +36,7 @@ from pallas_kernels import (
   cached_sliding_window_attention,
   hybrid_sparse_attention,
   oracle_attention,
+  plan_blocks,
   sliding_window_attention,
 )
 
@@ -44,6 +45,7 @@ STREAM = ("batch", "seq", None)
 HEADS = ("batch", "seq", "heads", None)
 KV = ("batch", "seq", "kv_heads", None)
 PICKED = ("batch", "kv_heads", "seq", None)
+SHARDS = ("shard",)   # of a plan: whatever each device's kernels need, stacked
 
 
 class Rows(NamedTuple):
@@ -200,15 +202,18 @@ class SparseLayer(Attention):
             self.sinks_local[...] if cfg.sinks and cfg.has_local_branch else None)
 
   def __call__(self, x, shared: SharedKV, picked, rows: Rows, cache: GroupCache | None, block,
-               layer):
-    """x [B, T, D], the full layer's KV and choice -> x, cache, LayerStats."""
+               layer, plan=None):
+    """x [B, T, D], the full layer's KV and choice -> x, cache, LayerStats.
+
+    `plan`: `plan_of` the choice, which the layers of a block share; None: each makes its own.
+    """
     y, q, k, v = self.project(x, rows)
     gate_sparse, gate_local = self.gates(y)
     sink_sparse, sink_local = self.sinks()
     if cache is None:
       local = (k, v) if self.owns_kv else shared
-      o = self._attend(q, shared, picked, local, gate_sparse, gate_local, sink_sparse, sink_local,
-                       rows.segment_ids)
+      o = self._attend(q, shared, picked, plan, local, gate_sparse, gate_local, sink_sparse,
+                       sink_local, rows.segment_ids)
     else:
       o, cache = self._attend_cached(q, shared, picked, k, v, gate_sparse, gate_local, sink_sparse,
                                      sink_local, rows, cache, block, layer)
@@ -216,23 +221,24 @@ class SparseLayer(Attention):
     mean = lambda g: None if g is None else jnp.mean(g, dtype=jnp.float32)
     return x, cache, LayerStats(mean(gate_sparse), mean(gate_local), router)
 
-  def _attend(self, q, shared, picked, local, gate_sparse, gate_local, sink_sparse, sink_local,
-              segment_ids):
+  def _attend(self, q, shared, picked, plan, local, gate_sparse, gate_local, sink_sparse,
+              sink_local, segment_ids):
     cfg = self.cfg
     common = dict(implementation=cfg.implementation)
     sinks = ("heads",)
     if cfg.has_sparse_branch and cfg.has_local_branch:
-      op = lambda q, ks, vs, ix, kl, vl, gs, gl, ss, sl, seg: hybrid_sparse_attention(
+      op = lambda q, ks, vs, ix, plan, kl, vl, gs, gl, ss, sl, seg: hybrid_sparse_attention(
         q, ks, vs, ix, kl, vl, gs, gl, ss, sl, block_size=cfg.block_size, window=cfg.window,
-        segment_ids=seg, **common)
-      names = (HEADS, KV, KV, PICKED, KV, KV, HEADS, HEADS, sinks, sinks, TOKENS)
-      return per_device(op, names, HEADS)(q, *shared, picked, *local, gate_sparse, gate_local,
-                                          sink_sparse, sink_local, segment_ids)
+        segment_ids=seg, plan=_own(plan), **common)
+      names = (HEADS, KV, KV, PICKED, SHARDS, KV, KV, HEADS, HEADS, sinks, sinks, TOKENS)
+      return per_device(op, names, HEADS)(q, *shared, picked, plan, *local, gate_sparse,
+                                          gate_local, sink_sparse, sink_local, segment_ids)
     if cfg.has_sparse_branch:
-      op = lambda q, k, v, ix, sink, seg: block_sparse_attention(
-        q, k, v, ix, block_size=cfg.block_size, sinks=sink, segment_ids=seg, **common)
-      return gate_sparse * per_device(op, (HEADS, KV, KV, PICKED, sinks, TOKENS), HEADS)(
-        q, *shared, picked, sink_sparse, segment_ids)
+      op = lambda q, k, v, ix, plan, sink, seg: block_sparse_attention(
+        q, k, v, ix, block_size=cfg.block_size, sinks=sink, segment_ids=seg, plan=_own(plan),
+        **common)
+      return gate_sparse * per_device(op, (HEADS, KV, KV, PICKED, SHARDS, sinks, TOKENS), HEADS)(
+        q, *shared, picked, plan, sink_sparse, segment_ids)
     op = lambda q, k, v, sink, seg: sliding_window_attention(
       q, k, v, window=cfg.window, sinks=sink, segment_ids=seg, **common)
     return gate_local * per_device(op, (HEADS, KV, KV, sinks, TOKENS), HEADS)(
@@ -279,16 +285,32 @@ class HybridBlock(nnx.Module):
     x, shared, picked, cache, stats = full(self.full, x, rows, num_blocks, cache, block)
     if not self.num_sparse:
       return x, cache, (stats, None)
+    plan = plan_of(self.cfg, picked) if num_blocks and cache is None else None
 
     def step(carry, scanned):
       x, cache = carry
       index, layer = scanned
-      x, cache, stats = layer(x, shared, picked, rows, cache, block, index)
+      x, cache, stats = layer(x, shared, picked, rows, cache, block, index, plan)
       return (x, cache), stats
 
     (x, cache), sparse_stats = jax.lax.scan(
       _remat(self.cfg, "layer", step), (x, cache), (jnp.arange(self.num_sparse), self.sparse))
     return x, cache, (stats, sparse_stats)
+
+
+def plan_of(cfg: ModelConfig, picked):
+  """What the kernels of a block's sparse layers derive from its choice, worked out once for all.
+
+  picked i32 [B, K, T, P] -> a pytree that each device's shard leads by an axis of 1, or None.
+  """
+  make = lambda picked: jax.tree.map(lambda leaf: leaf[None], plan_blocks(
+    picked, num_heads=picked.shape[1] * (cfg.num_heads // cfg.num_kv_heads),
+    block_size=cfg.block_size, implementation=cfg.implementation))
+  return per_device(make, (PICKED,), SHARDS)(picked)
+
+
+def _own(plan):
+  return jax.tree.map(lambda leaf: leaf[0], plan)
 
 
 class HybridStack(nnx.Module):

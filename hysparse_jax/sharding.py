@@ -26,6 +26,7 @@ RULES = {
   "expert": "expert",
   "batch": BATCH_AXES,      # outside the experts, the expert axis is one more batch axis
   "seq": "context",
+  "shard": (*BATCH_AXES, "tensor"),   # a leading axis that counts the shards of a batch of heads
 }
 
 

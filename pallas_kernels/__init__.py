@@ -1,6 +1,6 @@
 """The attention ops of HySparse: one public function each, one `implementation` argument."""
 
-from pallas_kernels.block_sparse_attention.api import block_sparse_attention
+from pallas_kernels.block_sparse_attention.api import block_sparse_attention, plan_blocks
 from pallas_kernels.decode.api import (
   cached_block_sparse_attention,
   cached_oracle_attention,
@@ -17,5 +17,6 @@ __all__ = [
   "cached_sliding_window_attention",
   "hybrid_sparse_attention",
   "oracle_attention",
+  "plan_blocks",
   "sliding_window_attention",
 ]

@@ -5,6 +5,11 @@ import jax.numpy as jnp
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 
+class NotCoveredError(NotImplementedError):
+  """An implementation does not take these sizes or dtypes: named, it raises; unnamed, the next
+  one of the platform runs (`implementations.pick`)."""
+
+
 def require(ok, message):
   """Raises ValueError(message) unless `ok`."""
   if not ok:

@@ -44,6 +44,11 @@ PAPER = {      # the HySparse paper's two models
   "80b_128k": _model_80b(131_072),
 }
 
+LARGE = {      # what is timed on accelerators: a million tokens fit one with few heads
+  **PAPER,
+  "1m": AttentionShape(tokens=1_048_576, num_heads=8, num_kv_heads=1, head_dim=128),
+}
+
 TRAINING = {   # what the tiny config trains with on a laptop, and the longest a reference must bear
   "tiny": AttentionShape(batch=8, tokens=512),
   "tiny_8k": AttentionShape(tokens=8_192),

@@ -1,13 +1,15 @@
 """Eight simulated CPU devices, and programs compiled quickly, set before JAX makes its backend.
 
-Most of the suite's time is LLVM's. Its optimiser is turned off in the test process: what XLA fuses
-and splits stays as it is. Tests that start programs of their own start them with it on.
+Most of the suite's time is LLVM's. Its optimiser is turned off in a test process that runs on CPU
+alone (`make test`): what XLA fuses and splits stays as it is. Tests that start programs of their
+own start them with it on, and so is it for tests on an accelerator.
 """
 
 import os
 
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-                           " --xla_llvm_disable_expensive_passes=true")
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+  os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+                             " --xla_llvm_disable_expensive_passes=true")
 
 import jax  # noqa: E402  (after the flags)
 

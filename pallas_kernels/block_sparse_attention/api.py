@@ -1,7 +1,14 @@
-"""The public function of the op."""
+"""The public functions of the op: the attention, and the plan that its calls can share."""
 
 from pallas_kernels import checks, implementations
 from pallas_kernels.block_sparse_attention import reference
+
+_ONLY_TRITON = 1000   # no pick is shared by that many tokens of a tile
+
+
+def _reference(*args, plan, **options):
+  del plan
+  return reference.block_sparse_attention(*args, **options)
 
 
 def _mosaic_gpu(*args, **options):
@@ -11,16 +18,52 @@ def _mosaic_gpu(*args, **options):
 
 def _triton(*args, **options):
   from pallas_kernels.block_sparse_attention import gpu
-  return gpu.block_sparse_attention(*args, hot_threshold=1000, **options)
+  return gpu.block_sparse_attention(*args, hot_threshold=_ONLY_TRITON, **options)
 
 
-_AVAILABLE = {"reference": reference.block_sparse_attention, "mosaic_gpu": _mosaic_gpu,
-              "triton": _triton}
-_BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+def _plan_gpu(block_indices, group, block_size, hot_threshold=None):
+  from pallas_kernels.block_sparse_attention import gpu
+  gpu.check_picks("plan_blocks", block_indices, block_size)
+  return gpu.make_plan(block_indices, group, hot_threshold)
+
+
+_AVAILABLE = {"reference": _reference, "mosaic_gpu": _mosaic_gpu, "triton": _triton}
+_PLANS = {
+  "reference": lambda *_: None,
+  "mosaic_gpu": _plan_gpu,
+  "triton": lambda *args: _plan_gpu(*args, hot_threshold=_ONLY_TRITON),
+}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu", "triton")}
+
+
+def plan_blocks(block_indices, *, num_heads, block_size=64, implementation=None):
+  """What the kernels work out from the picks alone, so that layers that share picks share it.
+
+  Args:
+    block_indices: i32 [B,K,T,P] as `oracle_attention` returns them.
+    num_heads: N of the queries that will use them.
+    block_size: keys per block.
+    implementation: as the calls that take the plan get it.
+
+  Returns:
+    A pytree for the `plan` argument of `block_sparse_attention` and `hybrid_sparse_attention`;
+    None where the implementation needs none.
+
+  Raises:
+    ValueError: shapes or dtypes that do not fit.
+    NotImplementedError: a named implementation that does not exist or cannot run these sizes.
+  """
+  op = "plan_blocks"
+  sizes = {"N": num_heads}
+  checks.check_shape(op, "block_indices", block_indices, "BKTP", sizes, ("int32",))
+  checks.check_heads(op, sizes)
+  checks.check_at_least(op, 1, block_size=block_size)
+  plan = implementations.pick(op, implementation, _PLANS, _BY_PLATFORM)
+  return plan(block_indices, num_heads // sizes["K"], block_size)
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
-                           scale=None, implementation=None):
+                           scale=None, plan=None, implementation=None):
   """Causal GQA softmax attention of each query over its picked key blocks only.
 
   All G heads of a group use the same blocks; inside the query's own block the mask is causal
@@ -36,6 +79,7 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
     segment_ids: i32 [B,T] or None. Tokens see only their own segment; 0 is padding, which sees
       nothing (output 0) and is seen by nobody.
     scale: of the logits; None is 1/sqrt(H).
+    plan: what `plan_blocks` returned for these indices and this implementation; None: made here.
     implementation: "reference", "mosaic_gpu" (NVIDIA Hopper; its backward is Triton's), "triton"
       (Triton alone), or None to pick by platform.
 
@@ -59,4 +103,4 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
   checks.check_scale(op, scale)
   run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM)
   return run(q, k, v, block_indices, block_size=block_size, sinks=sinks, segment_ids=segment_ids,
-             scale=sizes["H"] ** -0.5 if scale is None else scale)
+             scale=sizes["H"] ** -0.5 if scale is None else scale, plan=plan)

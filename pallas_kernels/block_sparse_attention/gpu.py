@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import index_plan, mosaic_gpu
+from pallas_kernels.checks import NotCoveredError
 
 # Tokens of a tile that must share a block for the union kernel to take it. On an H200 a tile x
 # block product takes the whole chip 6.5 ns; a packed token of 4 heads, with the sum of its part,
@@ -25,7 +26,15 @@ def padded_group(group):
   for size in (4, 8, 16):
     if group <= size:
       return size
-  raise NotImplementedError(f"block_sparse_attention on GPU: got G={group}, want at most 16")
+  raise NotCoveredError(f"block_sparse_attention on GPU: got G={group}, want at most 16")
+
+
+def check_picks(op, block_indices, block_size):
+  """Raises NotCoveredError, naming `op`, for blocks or picks that the kernels do not take."""
+  if block_size != 64:
+    raise NotCoveredError(f"{op} on GPU: got block_size {block_size}, want 64")
+  if not 1 <= block_indices.shape[-1] <= 16:
+    raise NotCoveredError(f"{op} on GPU: got {block_indices.shape[-1]} picks, want 1 to 16")
 
 
 def make_plan(block_indices, group, hot_threshold=None):
@@ -92,7 +101,7 @@ def attend(op, q, k, v, make_plan, *, sinks, segment_ids, scale, window=None):
   make_plan(tokens, group): the plan at the padded sizes.
 
   Raises:
-    NotImplementedError: sizes or dtypes the kernels do not take, named after `op`.
+    NotCoveredError: sizes or dtypes the kernels do not take, named after `op`.
   """
   b, t, n, h = q.shape
   kv_heads = k.shape[2]
@@ -101,7 +110,7 @@ def attend(op, q, k, v, make_plan, *, sinks, segment_ids, scale, window=None):
             ("k dtype", k.dtype, (q.dtype,)), ("v dtype", v.dtype, (q.dtype,)))
   for name, value, allowed in wanted:
     if value not in allowed:
-      raise NotImplementedError(
+      raise NotCoveredError(
         f"{op} on GPU: got {name} {value}, want {' or '.join(map(str, allowed))}")
   group = n // kv_heads
   padded = padded_group(group)
@@ -130,15 +139,11 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
   key-major kernels alone (then any GPU that Triton compiles for will do).
 
   Raises:
-    NotImplementedError: block_size other than 64, more than 16 picks, H other than 64 or 128, a
+    NotCoveredError: block_size other than 64, more than 16 picks, H other than 64 or 128, a
       v head dim other than H, dtypes other than bfloat16 and float16, G over 16.
   """
   op = "block_sparse_attention"
-  if block_size != 64:
-    raise NotImplementedError(f"{op} on GPU: got block_size {block_size}, want 64")
-  if block_indices.shape[-1] > 16:
-    raise NotImplementedError(
-      f"{op} on GPU: got {block_indices.shape[-1]} picks, want at most 16")
+  check_picks(op, block_indices, block_size)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   return attend(op, q, k, v,
                 lambda _, group: plan or make_plan(block_indices, group, hot_threshold),

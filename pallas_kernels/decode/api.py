@@ -8,7 +8,7 @@ _AVAILABLE = {
   "cached_block_sparse_attention": {"reference": reference.cached_block_sparse_attention},
   "cached_sliding_window_attention": {"reference": reference.cached_sliding_window_attention},
 }
-_BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+_BY_PLATFORM = {}
 
 
 def cached_oracle_attention(q, k, v, query_positions, *, block_size=64, num_blocks=16, scale=None,

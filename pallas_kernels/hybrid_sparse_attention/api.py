@@ -4,18 +4,24 @@ from pallas_kernels import checks, implementations
 from pallas_kernels.hybrid_sparse_attention import reference
 
 
+def _reference(*args, plan, **options):
+  del plan
+  return reference.hybrid_sparse_attention(*args, **options)
+
+
 def _mosaic_gpu(*args, **options):
   from pallas_kernels.hybrid_sparse_attention import gpu  # its packages only where it is used
   return gpu.hybrid_sparse_attention(*args, **options)
 
 
-_AVAILABLE = {"reference": reference.hybrid_sparse_attention, "mosaic_gpu": _mosaic_gpu}
-_BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+_AVAILABLE = {"reference": _reference, "mosaic_gpu": _mosaic_gpu}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu",)}
 
 
 def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
                             gate_local, sinks_sparse=None, sinks_local=None, *, block_size=64,
-                            window=128, segment_ids=None, scale=None, implementation=None):
+                            window=128, segment_ids=None, scale=None, plan=None,
+                            implementation=None):
   """The whole attention of a sparse layer: one query, two branches, gated and summed.
 
       gate_sparse * block_sparse_attention(q, k_shared, v_shared, block_indices)
@@ -36,6 +42,7 @@ def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_loc
     window: tokens of the local branch, the query's own included.
     segment_ids: i32 [B,T] or None; 0 is padding, see `block_sparse_attention`.
     scale: of the logits of both branches; None is 1/sqrt(H).
+    plan: what `plan_blocks` returned for these indices and this implementation; None: made here.
     implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), or None to pick by platform.
 
   Returns:
@@ -65,4 +72,4 @@ def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_loc
   return run(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse, gate_local,
              sinks_sparse=sinks_sparse, sinks_local=sinks_local, block_size=block_size,
              window=window, segment_ids=segment_ids,
-             scale=sizes["H"] ** -0.5 if scale is None else scale)
+             scale=sizes["H"] ** -0.5 if scale is None else scale, plan=plan)

@@ -10,7 +10,7 @@ def _mosaic_gpu(*args, **options):
 
 
 _AVAILABLE = {"reference": reference.oracle_attention, "mosaic_gpu": _mosaic_gpu}
-_BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu",)}
 
 
 def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, segment_ids=None, scale=None,

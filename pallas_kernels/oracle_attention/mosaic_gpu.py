@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.checks import NotCoveredError
 from pallas_kernels.oracle_attention import cudnn_backward, mosaic_gpu_backward
 from pallas_kernels.oracle_attention.mosaic_gpu_forward import BLOCK, TILE_T, forward, visible_tiles
 from pallas_kernels.oracle_attention.mosaic_gpu_select import select
@@ -21,6 +22,8 @@ from pallas_kernels.oracle_attention.mosaic_gpu_select import select
 WHOLE_BYTES = 4_400_000_000
 # ... and launches of this size beyond: 7b_128k in 16, of 15.5 waves of CTAs each.
 CHUNK_BYTES = 2_200_000_000
+# Launches written out one by one; a loop on the device beyond.
+MOST_UNROLLED = 32
 
 
 def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, interpret=None):
@@ -40,7 +43,7 @@ def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, int
     interpret: GPU interpret mode parameters, or None to compile.
 
   Raises:
-    NotImplementedError: values that this implementation does not cover.
+    NotCoveredError: values that this implementation does not cover.
   """
   _check(q, k, v, block_size, num_blocks)
   return _attend(q, k, v, segment_ids, num_blocks, float(scale), interpret)
@@ -49,7 +52,7 @@ def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, int
 def _check(q, k, v, block_size, num_blocks):
   def covered(ok, name, got, wanted):
     if not ok:
-      raise NotImplementedError(
+      raise NotCoveredError(
         f"oracle_attention mosaic_gpu: {name}={got}; wanted {wanted}; use "
         'implementation="reference"'
       )
@@ -129,10 +132,19 @@ def _forward(q, k, v, segment_ids, num_blocks, scale, interpret):
   if launches == 1:
     out, lse, picked = chunk(None)
   else:
-    starts = (jnp.arange(launches, dtype=jnp.int32) * rows)[:, None]
-    out, lse, picked = lax.map(chunk, starts)
     join = lambda x, axis: jnp.moveaxis(x, 0, axis - 1).reshape(
       *x.shape[1 : axis], launches * rows, *x.shape[axis + 1 :]
     )
-    out, lse, picked = join(out, 2), join(lse, 3), join(picked, 4)
+    out, lse, picked = map(join, _in_turn(chunk, launches, rows), (2, 3, 4))
   return out[:, :T], lse[..., :T], picked[..., :T].transpose(0, 1, 3, 2)
+
+
+def _in_turn(chunk, launches, rows):
+  """chunk(offset i32 [1]) of every launch, stacked; one launch's block maxima live at a time."""
+  if launches > MOST_UNROLLED:
+    return lax.map(chunk, (jnp.arange(launches, dtype=jnp.int32) * rows)[:, None])
+  parts = [chunk(jnp.zeros(1, jnp.int32))]
+  for i in range(1, launches):
+    offset, parts[-1] = lax.optimization_barrier((jnp.full(1, i * rows, jnp.int32), parts[-1]))
+    parts.append(chunk(offset))
+  return [jnp.stack(x) for x in zip(*parts)]

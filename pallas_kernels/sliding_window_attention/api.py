@@ -10,7 +10,7 @@ def _mosaic_gpu(*args, **options):
 
 
 _AVAILABLE = {"reference": reference.sliding_window_attention, "mosaic_gpu": _mosaic_gpu}
-_BY_PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu",)}
 
 
 def sliding_window_attention(q, k, v, *, window=128, sinks=None, segment_ids=None, scale=None,

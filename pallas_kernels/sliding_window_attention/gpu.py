@@ -5,18 +5,19 @@ the key-major kernels over the tokens that can see a block. Both mask the window
 """
 
 from pallas_kernels.block_sparse_attention import gpu, index_plan, mosaic_gpu
+from pallas_kernels.checks import NotCoveredError
 
 
 def sliding_window_attention(q, k, v, *, window=128, sinks=None, segment_ids=None, scale=None):
   """The op of `api.py` on an NVIDIA GPU of compute capability 9.0; dtypes, H and G as there.
 
   Raises:
-    NotImplementedError: window over 961 (15 blocks and the query's own), or what
+    NotCoveredError: window over 961 (15 blocks and the query's own), or what
       `block_sparse_attention` does not take.
   """
   op = "sliding_window_attention"
   if window > 961:
-    raise NotImplementedError(f"{op} on GPU: got window {window}, want at most 961")
+    raise NotCoveredError(f"{op} on GPU: got window {window}, want at most 961")
   scale = q.shape[-1] ** -0.5 if scale is None else scale
 
   def plan(tokens, group):

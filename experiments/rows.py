@@ -1,0 +1,36 @@
+"""Result rows (`experiments/results/*.jsonl`): stamped, printed, appended by what measured them."""
+
+import datetime
+import json
+import subprocess
+
+import jax
+from absl import flags
+
+from experiments import cli
+
+_APPEND = flags.DEFINE_string("append", None, "File to add the rows to, one JSON object a line.")
+_COMMIT = flags.DEFINE_string("commit", None, "Commit to name in the rows; default git's.")
+
+
+def emit(row: dict, line: str):
+  """Prints `line`, or with --json the row, and appends the row to the file of --append.
+
+  Floats are rounded to four places; device, jax, commit and date are added.
+  """
+  row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+  row |= dict(device=jax.devices()[0].device_kind, jax=jax.__version__,
+              commit=_COMMIT.value or _git_commit(), date=datetime.date.today().isoformat())
+  if _APPEND.value:
+    with open(_APPEND.value, "a") as file:
+      file.write(json.dumps(row) + "\n")
+  print(json.dumps(row) if cli.JSON.value else line, flush=True)
+
+
+def _git_commit() -> str:
+  """The short hash of the checkout, empty where there is none."""
+  try:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                          check=False).stdout.strip()
+  except FileNotFoundError:
+    return ""

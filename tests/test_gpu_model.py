@@ -1,0 +1,84 @@
+"""The Hopper kernels in the model: one plan for the layers of a hybrid block, one per device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hysparse_jax import sharding
+from hysparse_jax.config import MeshConfig, ModelConfig
+from hysparse_jax.hybrid import plan_of
+from hysparse_jax.model import Transformer
+from pallas_kernels import plan_blocks
+from pallas_kernels.block_sparse_attention import gpu
+
+MODEL = ModelConfig(
+  vocab_size=64, num_layers=7, d_model=64, num_heads=4, num_kv_heads=2, head_dim=64, d_ff=64,
+  sparse_per_full=2, selected_tokens=128, window=64, implementation="mosaic_gpu")
+
+
+def scans(jaxpr, depth=0):
+  """(depth, length, jaxpr) of every scan."""
+  for equation in jaxpr.eqns:
+    inner = depth
+    if equation.primitive.name == "scan":
+      inner += 1
+      yield inner, equation.params["length"], equation.params["jaxpr"].jaxpr
+    for value in equation.params.values():
+      value = getattr(value, "jaxpr", value)
+      if hasattr(value, "eqns"):
+        yield from scans(value, inner)
+
+
+def primitives(jaxpr):
+  names = set()
+  for equation in jaxpr.eqns:
+    names.add(equation.primitive.name)
+    for value in equation.params.values():
+      value = getattr(value, "jaxpr", value)
+      if hasattr(value, "eqns"):
+        names |= primitives(value)
+  return names
+
+
+@pytest.mark.parametrize("remat", ["none", "layer", "block"])
+def test_the_layers_of_a_block_share_one_plan(monkeypatch, remat):
+  # Triton's kernels cannot be traced without a GPU; what stands in uses every part of the plan.
+  monkeypatch.setattr(gpu, "_attention", lambda q, k, v, sinks, segments, plan, *_: q + sum(
+    jnp.sum(leaf).astype(q.dtype) for leaf in jax.tree.leaves(plan)))
+  cfg = ModelConfig(**{name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__}
+                    | {"remat": remat})
+  model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+  jaxpr = jax.make_jaxpr(lambda model, tokens: model(tokens))(model, tokens).jaxpr
+  found = list(scans(jaxpr))
+  blocks = [body for depth, length, body in found if (depth, length) == (1, 2)]
+  layers = [body for depth, length, body in found if (depth, length) == (2, 2)]
+  assert len(blocks) == 1 and len(layers) == 1
+  assert "sort" in primitives(blocks[0]) and "sort" not in primitives(layers[0])
+
+
+def test_each_device_plans_for_its_own_shard():
+  rng = np.random.default_rng(0)
+  own = np.arange(128) // 64
+  picked = np.stack([np.zeros_like(own), np.where(own > 0, 1, -1)], -1)
+  picked = np.where(rng.random((4, 2, 128, 1)) < 0.5, picked, -1).astype(np.int32)
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  with jax.set_mesh(mesh):
+    plan = jax.jit(lambda x: plan_of(MODEL, x))(picked)
+  shards = [(b, k) for b in range(4) for k in range(2)]
+  for index, (b, k) in enumerate(shards):
+    expected = plan_blocks(jnp.asarray(picked[b:b + 1, k:k + 1]), num_heads=2,
+                           implementation="mosaic_gpu")
+    jax.tree.map(lambda got, want, index=index: np.testing.assert_array_equal(got[index], want),
+                 plan, expected)
+
+
+def test_the_reference_needs_no_plan():
+  picked = jnp.zeros((1, 2, 64, 1), jnp.int32)
+  assert plan_blocks(picked, num_heads=4, implementation="reference") is None
+  with pytest.raises(NotImplementedError, match="block_size 32"):
+    plan_blocks(picked, num_heads=4, block_size=32, implementation="mosaic_gpu")
+  with pytest.raises(ValueError, match="N=3"):
+    plan_blocks(picked, num_heads=3)
