@@ -265,16 +265,7 @@ def _oracle(run, settings):
   reach += f"; by blocks at random: {result.chance:.3f}"
 
   from hysparse_jax import plots  # matplotlib is slow to import
-  paths = [
-    plots.coverage_by_layer([(layer.layer, layer.distance, layer.coverage)
-                             for layer in result.layers if layer.coverage is not None],
-                            run.plots / "oracle_coverage.png", chance=result.chance),
-    plots.block_map(result.picked, run.plots / "oracle_blocks.png",
-                    block_size=run.cfg.model.block_size)]
-  unions = {layer.layer: {1: layer.overlap.picked, **layer.overlap.union}
-            for layer in result.layers if layer.overlap is not None}
-  if unions:
-    paths.append(plots.overlap_by_layer(unions, run.plots / "oracle_overlap.png"))
+  paths = plots.oracle_figures(result, run.plots, block_size=run.cfg.model.block_size)
   layers = [layer._asdict() | {"overlap": layer.overlap and layer.overlap._asdict()}
             for layer in result.layers]
   row = {"layers": layers, "coverage_by_distance": result.coverage_by_distance,

@@ -20,14 +20,14 @@ def emit(row: dict, line: str):
   """
   row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
   row |= dict(device=jax.devices()[0].device_kind, jax=jax.__version__,
-              commit=_COMMIT.value or _git_commit(), date=datetime.date.today().isoformat())
+              commit=_COMMIT.value or git_commit(), date=datetime.date.today().isoformat())
   if _APPEND.value:
     with open(_APPEND.value, "a") as file:
       file.write(json.dumps(row) + "\n")
   print(json.dumps(row) if cli.JSON.value else line, flush=True)
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
   """The short hash of the checkout, empty where there is none."""
   try:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
