@@ -120,6 +120,7 @@ def _run_piece(preset: Preset, piece: Piece, workdir) -> bool:
     with (workdir / "results.jsonl").open("a") as file:
       file.write(json.dumps(row) + "\n")
     shutil.rmtree(folder / "checkpoints")
+    jax.clear_caches()      # no later run compiles the same programs
   return True
 
 

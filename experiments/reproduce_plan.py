@@ -191,18 +191,18 @@ def _smoke(overrides) -> Preset:
   base = Config(
     model=ModelConfig(
       vocab_size=384, num_layers=5, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=128,
-      sparse_per_full=3, block_size=16, selected_tokens=64, window=32, qk_norm=True,
+      sparse_per_full=3, block_size=4, selected_tokens=16, window=8, qk_norm=True,
       dtype="float32"),
     data=DataConfig(source=str(pathlib.Path(asyncio.__file__).parent), format="text",
-                    heldout_fraction=0.25, seq_len=256, batch_size=4, task_share=0.5,
-                    task_ids=128, task_positions=512),
+                    heldout_fraction=0.25, seq_len=64, batch_size=16, task_share=0.5,
+                    task_ids=128, task_positions=160),
     optim=OptimConfig(lr=3e-3, warmup_steps=2),
     train=TrainConfig(steps=16, log_every=4, eval_every=0, eval_batches=2, checkpoint_every=0))
-  lengths = (128, 256, 512)
+  lengths = (64, 160)
   pieces = tuple(Piece(model, (run_of(base, model, 0, lengths, overrides),))
                  for model in (*HEADLINE, *ABLATIONS))
   return Preset("smoke", base, lengths=lengths, samples=2, tasks=tuple(token_tasks.TASKS),
-                overlap_steps=2, selection_tokens=1024, pieces=pieces)
+                overlap_steps=2, selection_tokens=128, pieces=pieces)
 
 
 def _h200(overrides) -> Preset:

@@ -211,7 +211,7 @@ class DataConfig(_Checked):
   task_share: float = 0.0             # share of rows that are recall tasks instead of text
   tasks: str = "all"                  # of evals/token_tasks.py, separated by commas
   task_ids: int = 768                 # ids that tasks are spelled with, after the tokenizer's
-  task_weight: float = 0.25           # loss weight of a task row's answers; a full text row has 1
+  task_weight: float = 1.0            # loss weight of a task row's answers; a full text row has 1
   task_positions: int = 0             # positions a task sample spreads over; 0: as many as tokens
 
   def __post_init__(self):

@@ -15,7 +15,7 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.evals import token_tasks
 from hysparse_jax.evals.token_tasks import Ids
 
-SHORTEST = 128             # tokens of a piece, at least
+SHORTEST = 64              # tokens of a piece, at least
 MAX_ANSWER_WEIGHT = 64.0   # of one answer token: a row that asks little cannot outweigh the batch
 SHARE_STEPS = 1000         # the share is a multiple of 1 / this
 JUMPS = 2                  # places in a sample where positions skip ahead

@@ -59,7 +59,7 @@ def test_answers_alone_have_weight(cfg):
       lengths.add(T // batch.segment_ids[row].max())
       starts = np.flatnonzero(np.diff(batch.segment_ids[row], prepend=0))
       assert (batch.positions[row, starts] == 0).all()
-  assert lengths == {128, 256, 512}
+  assert lengths == {64, 128, 256, 512}
 
 
 def test_rows_hold_training_samples(cfg):
