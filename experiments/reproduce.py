@@ -14,6 +14,7 @@ selections_hysparse.npz (recorded block indices for `experiments.selections`), p
 """
 
 import datetime
+import hashlib
 import json
 import math
 import pathlib
@@ -97,11 +98,17 @@ def _run_piece(preset: Preset, piece: Piece, workdir) -> bool:
   """Trains and evaluates what of a piece is not done; False if SIGTERM stopped it."""
   for one in piece.runs:
     results = read_results(workdir, preset)
-    if any((row["model"], row["seed"], row["rate"]) == _key(one, results) for row in results):
-      print(f"{one.name}: done before", flush=True)
-      continue
     rate = _key(one, results)[2]
     cfg = reproduce_plan.with_rate(one.cfg, rate)
+    done = [row for row in results
+            if (row["model"], row["seed"], row["rate"]) == _key(one, results)]
+    if any(row["settings"] != _settings(cfg) for row in done):
+      raise UserError(f"{workdir} holds {one.name} with other settings; give another --workdir, "
+                      "or the same --set")
+    if done:
+      print(f"{one.name}: done before", flush=True)
+      continue
+    settings = _settings(cfg)
     watched = one.model == "hysparse" and one.seed == 0 and one.rate is None
     if watched:
       every = max(1, cfg.train.steps // preset.overlap_steps)
@@ -112,7 +119,7 @@ def _run_piece(preset: Preset, piece: Piece, workdir) -> bool:
     figures = train(cfg, folder)
     if figures["preempted"]:
       return False
-    row = _row(preset, one, cfg, rate, figures, folder)
+    row = {**_row(preset, one, cfg, rate, figures, folder), "settings": settings}
     if one.rate is None:
       row |= _evaluate(preset, one, folder)
     if watched:
@@ -130,6 +137,11 @@ def _key(one: Run, results) -> tuple:
   if rate is None:
     rate = reproduce_plan.tuned_rate(results, reproduce_plan.family(one.model))
   return one.model, one.seed, rate
+
+
+def _settings(cfg) -> str:
+  """Tells configs apart."""
+  return hashlib.sha256(config.to_text(cfg).encode()).hexdigest()[:16]
 
 
 def _row(preset, one: Run, cfg, rate, figures, folder) -> dict:
@@ -186,25 +198,28 @@ def _look_inside(preset, one: Run, cfg, folder, workdir):
 
 def show_pieces(preset: Preset, results, console: Console):
   """The table of --list."""
-  table = Table("piece", "name", "body params", "tokens", "train FLOPs", "eval FLOPs", "minutes",
-                "", box=box.SIMPLE_HEAD)
+  table = Table("piece", "name", "body", "tokens", "train FLOPs", "eval FLOPs", "minutes", "",
+                box=box.SIMPLE_HEAD)
+  table.columns[1].no_wrap, table.columns[1].min_width = True, 18
   done = {(row["model"], row["seed"], row["rate"]) for row in results}
-  total = 0.0
+  total, notes = 0.0, set()
   for number, piece in enumerate(preset.pieces):
     flops = [reproduce_plan.predicted_flops(preset, one) for one in piece.runs]
     minutes = reproduce_plan.predicted_minutes(preset, piece)
     finished = all(_key(one, results) in done for one in piece.runs)
     total += 0.0 if finished else minutes
+    notes |= {piece.note} - {""}
     table.add_row(
-      str(number), piece.name, f"{reproduce_plan.body_params(piece.runs[0].cfg.model):,}",
-      f"{sum(reproduce_plan.tokens_of(one.cfg) for one in piece.runs):,}",
-      f"{sum(train for train, _ in flops):.2e}", f"{sum(rest for _, rest in flops):.2e}",
-      f"{minutes:.1f}", "done" if finished else piece.note)
+      str(number), piece.name,
+      f"{reproduce_plan.body_params(piece.runs[0].cfg.model) / 1e6:.1f}M",
+      f"{sum(reproduce_plan.tokens_of(one.cfg) for one in piece.runs) / 1e6:.1f}M",
+      f"{sum(train for train, _ in flops):.1e}", f"{sum(rest for _, rest in flops):.1e}",
+      f"{minutes:.1f}", "done" if finished else piece.note.partition(":")[0])
   console.print(table)
-  console.print(f"{total:.0f} minutes left in all, predicted at "
-                f"{reproduce_plan.UTILISATION:.0%} of {reproduce_plan.PEAK_FLOPS / 1e12:.0f} "
-                f"TFLOP/s and {reproduce_plan.COMPILE_MINUTES:g} minute a run besides",
-                highlight=False)
+  for line in (*sorted(notes), f"{total:.0f} minutes left in all, predicted at "
+               f"{reproduce_plan.UTILISATION:.0%} of {reproduce_plan.PEAK_FLOPS / 1e12:.0f} "
+               f"TFLOP/s and {reproduce_plan.COMPILE_MINUTES:g} minute a run besides"):
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def main(argv):

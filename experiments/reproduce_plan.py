@@ -82,7 +82,7 @@ class Preset:
 
 
 def preset(name: str, overrides: tuple[str, ...] = ()) -> Preset:
-  """The preset of that name, every run's config changed by `overrides`.
+  """The preset of that name, its base changed by `overrides`, `a.b=v` each.
 
   Raises:
     UserError: no such preset, an override that does not fit.
@@ -90,7 +90,7 @@ def preset(name: str, overrides: tuple[str, ...] = ()) -> Preset:
   makers = {"smoke": _smoke, "h200": _h200}
   if name not in makers:
     raise UserError(f"unknown preset {name!r}; allowed: {', '.join(makers)}")
-  return makers[name](tuple(overrides))
+  return makers[name](overrides)
 
 
 def family(model: str) -> str:
@@ -123,7 +123,7 @@ def matched(cfg: ModelConfig, wanted: int) -> ModelConfig:
                   f"the nearest has {body_params(found):,}")
 
 
-def run_of(base: Config, model: str, seed: int, lengths, overrides, *, rate: float | None = None,
+def run_of(base: Config, model: str, seed: int, lengths, *, rate: float | None = None,
            steps: int | None = None) -> Run:
   """A model of a preset with the parameters of the preset's full-attention model."""
   target = body_params(dataclasses.replace(base.model, attention="full"))
@@ -131,7 +131,7 @@ def run_of(base: Config, model: str, seed: int, lengths, overrides, *, rate: flo
   cfg = dataclasses.replace(cfg, model=matched(cfg.model, target))
   if steps is not None:
     cfg = config.override(cfg, f"train.steps={steps}")
-  return Run(model, seed, rate, config.override(cfg, *overrides), tuple(lengths))
+  return Run(model, seed, rate, cfg, tuple(lengths))
 
 
 def with_rate(cfg: Config, rate: float) -> Config:
@@ -198,8 +198,9 @@ def _smoke(overrides) -> Preset:
                     task_ids=128, task_positions=160),
     optim=OptimConfig(lr=3e-3, warmup_steps=2),
     train=TrainConfig(steps=16, log_every=4, eval_every=0, eval_batches=2, checkpoint_every=0))
+  base = config.override(base, *overrides)
   lengths = (64, 160)
-  pieces = tuple(Piece(model, (run_of(base, model, 0, lengths, overrides),))
+  pieces = tuple(Piece(model, (run_of(base, model, 0, lengths),))
                  for model in (*HEADLINE, *ABLATIONS))
   return Preset("smoke", base, lengths=lengths, samples=2, tasks=tuple(token_tasks.TASKS),
                 overlap_steps=2, selection_tokens=128, pieces=pieces)
@@ -218,22 +219,23 @@ def _h200(overrides) -> Preset:
                       decay_fraction=0.3),
     train=TrainConfig(steps=1280, log_every=20, eval_every=0, eval_batches=16,
                       checkpoint_every=0, spike_factor=0.0))
+  base = config.override(base, *overrides)
   short = config.override(base, "data.seq_len=2048", "data.batch_size=16", "train.steps=320",
                           "model.selected_tokens=512", "data.task_positions=8192")
   lengths = (2048, 4096, 8192, 16_384, 32_768)
   tune = round(base.train.steps * TUNE_SHARE)
   pieces = [Piece(f"tune-{model}", tuple(
-    run_of(base, model, 100, lengths, overrides, rate=rate, steps=tune) for rate in RATES))
+    run_of(base, model, 100, lengths, rate=rate, steps=tune) for rate in RATES))
     for model in HEADLINE]
   one = lambda model, seed: Piece(
-    f"{model}-s{seed}", (run_of(base, model, seed, lengths, overrides),))
+    f"{model}-s{seed}", (run_of(base, model, seed, lengths),))
   pieces += [one(model, 0) for model in HEADLINE]
   pieces += [one(model, seed) for seed in (1, 2) for model in HEADLINE]
   pieces += [one(model, 0) for model in (*ABLATIONS, "hysparse_m3", "swa_m3", "hysparse_m5",
                                          "selected_512", "selected_256")]
   pieces += [one(model, 1) for model in ABLATIONS[:3]]
-  slow = "no kernel for this block size: runs the reference"
-  pieces += [Piece(f"{model}-s0", (run_of(short, model, 0, lengths[:3], overrides),),
+  slow = "slow: no kernel for its block size, the reference runs"
+  pieces += [Piece(f"{model}-s0", (run_of(short, model, 0, lengths[:3]),),
                    slow if model != "block_64" else "") for model in (
     "block_64", "block_32", "block_128")]
   return Preset("h200", base, lengths=lengths, samples=16,

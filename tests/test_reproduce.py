@@ -60,6 +60,14 @@ def test_the_h200_plan_is_what_was_asked_for():
   assert slow == {"block_32-s0", "block_128-s0"}
 
 
+def test_overrides_reach_every_run():
+  plan = preset("h200", ("train.steps=640", "model.implementation=mosaic_gpu"))
+  steps = {run.cfg.train.steps for piece in plan.pieces for run in piece.runs}
+  assert steps == {640, 128, 320} and plan.base.train.steps == 640    # tuning and short rows
+  assert all(run.cfg.model.implementation == "mosaic_gpu"
+             for piece in plan.pieces for run in piece.runs)
+
+
 def test_matching_says_when_it_cannot():
   with pytest.raises(UserError, match="no FFN width gives"):
     reproduce_plan.matched(preset("h200").base.model, 1_000_000)
@@ -174,6 +182,8 @@ def test_a_second_run_gives_the_same_metrics(smoke, tmp_path):
   assert _metrics(again[0]) == _metrics(first)
   assert (tmp_path / "overlap.jsonl").read_text() == (smoke / "overlap.jsonl").read_text()
   assert "Not run yet: full, swa, no_local" in (tmp_path / "report.md").read_text()
+  with pytest.raises(UserError, match="holds hysparse-s0 with other settings"):
+    reproduce.reproduce(preset("smoke", ["optim.lr=1e-4"]), tmp_path, [2])
   before = (tmp_path / "results.jsonl").read_bytes()
   assert reproduce.reproduce(plan, tmp_path, [2]) == again
   assert (tmp_path / "results.jsonl").read_bytes() == before
@@ -195,7 +205,7 @@ def test_the_report_decides_from_the_rows(tmp_path):
         "bits_per_byte": 1.2 + 0.001 * rng.standard_normal(), "kv_bytes_total": 10**8,
         "kv_bytes_per_token": 1, "kv_tokens": 32768, "body_params": 39_000_000, "device": "made up",
         "jax": "0", "commit": "", "tokens_per_second": 1e5, "seq_len": run.cfg.data.seq_len,
-        "tokens": reproduce_plan.tokens_of(run.cfg), "lengths": list(run.lengths),
+        "tokens": reproduce_plan.tokens_of(run.cfg), "settings": "", "lengths": list(run.lengths),
         "recall": dict.fromkeys(plan.tasks, cells), "f1": dict.fromkeys(plan.tasks, cells),
         "by_depth": {"vt": [cells] * 5}})
   for row in results:          # the tuned rate is 0.5: rows at another rate do not count
