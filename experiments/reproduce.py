@@ -198,7 +198,7 @@ def _look_inside(preset, one: Run, cfg, folder, workdir):
 
 def show_pieces(preset: Preset, results, console: Console):
   """The table of --list."""
-  table = Table("piece", "name", "body", "tokens", "train FLOPs", "eval FLOPs", "minutes", "",
+  table = Table("piece", "name", "body", "tokens", "PFLOP", "eval", "minutes", "",
                 box=box.SIMPLE_HEAD)
   table.columns[1].no_wrap, table.columns[1].min_width = True, 18
   done = {(row["model"], row["seed"], row["rate"]) for row in results}
@@ -213,7 +213,8 @@ def show_pieces(preset: Preset, results, console: Console):
       str(number), piece.name,
       f"{reproduce_plan.body_params(piece.runs[0].cfg.model) / 1e6:.1f}M",
       f"{sum(reproduce_plan.tokens_of(one.cfg) for one in piece.runs) / 1e6:.1f}M",
-      f"{sum(train for train, _ in flops):.1e}", f"{sum(rest for _, rest in flops):.1e}",
+      f"{sum(train for train, _ in flops) / 1e15:.1f}",
+      f"{sum(rest for _, rest in flops) / 1e15:.1f}",
       f"{minutes:.1f}", "done" if finished else piece.note.partition(":")[0])
   console.print(table)
   for line in (*sorted(notes), f"{total:.0f} minutes left in all, predicted at "

@@ -207,17 +207,17 @@ def _smoke(overrides) -> Preset:
 
 
 def _h200(overrides) -> Preset:
-  """25 layers (full ones: 0, 12 and 24 at 1:11), 39M parameters in the body, 84M tokens a model."""
+  """25 layers (full ones: 0, 12 and 24 at 1:11), 42M parameters in the body, 67M tokens a model."""
   base = Config(
     model=ModelConfig(
-      vocab_size=1024, num_layers=25, d_model=384, num_heads=6, num_kv_heads=2, head_dim=64,
+      vocab_size=1024, num_layers=25, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64,
       d_ff=1024, sparse_per_full=11, block_size=64, selected_tokens=1024, window=128, qk_norm=True,
       rope_base=640_000.0, dtype="bfloat16"),
     data=DataConfig(source="python_packages", heldout_fraction=0.01, seq_len=8192, batch_size=8,
                     task_share=0.5, task_ids=768, task_positions=32_768),
     optim=OptimConfig(optimizer="muon", lr=3e-3, muon_lr=2e-2, warmup_steps=60,
                       decay_fraction=0.3),
-    train=TrainConfig(steps=1280, log_every=20, eval_every=0, eval_batches=16,
+    train=TrainConfig(steps=1024, log_every=16, eval_every=0, eval_batches=16,
                       checkpoint_every=0, spike_factor=0.0))
   base = config.override(base, *overrides)
   short = config.override(base, "data.seq_len=2048", "data.batch_size=16", "train.steps=320",
