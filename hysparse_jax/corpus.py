@@ -17,6 +17,7 @@ Text is UTF-8 and kept byte for byte. Empty documents are left out.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -55,12 +56,19 @@ class Corpus:
 
   @classmethod
   def open(cls, cfg: DataConfig) -> "Corpus":
-    """Reads `cfg.source` whole into memory.
+    """Reads `cfg.source` whole into memory; of installed Python sources the last one is kept.
 
     Raises:
       UserError: nothing there, a damaged or undecodable file (named, with its line or record),
         a record without `cfg.text_field`, or too few documents for both sides of the split.
     """
+    if cfg.source in (PYTHON_STDLIB, PYTHON_PACKAGES):     # they do not change while Python runs
+      return _read_installed(DataConfig(source=cfg.source, format=cfg.format,
+                                        heldout_fraction=cfg.heldout_fraction))
+    return cls._read(cfg)
+
+  @classmethod
+  def _read(cls, cfg: DataConfig) -> "Corpus":
     total, train, heldout = hashlib.sha256(), [], []
     threshold = int(cfg.heldout_fraction * 2**64)
     for document in _documents(cfg):
@@ -80,6 +88,11 @@ class Corpus:
         "add documents or change the fraction")
     heldout.sort(key=lambda pair: pair[0])
     return cls(tuple(train), tuple(document for _, document in heldout), total.hexdigest())
+
+
+@functools.lru_cache(maxsize=1)
+def _read_installed(cfg) -> Corpus:
+  return Corpus._read(cfg)
 
 
 def _documents(cfg) -> Iterator[bytes]:
