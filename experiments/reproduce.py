@@ -109,11 +109,10 @@ def _run_piece(preset: Preset, piece: Piece, workdir) -> bool:
       print(f"{one.name}: done before", flush=True)
       continue
     settings = _settings(cfg)
-    watched = one.model == "hysparse" and one.seed == 0 and one.rate is None
-    if watched:
-      every = max(1, cfg.train.steps // preset.overlap_steps)
+    if one.watched:
+      every = -(-cfg.train.steps // preset.overlap_steps)
       cfg = config.override(cfg, f"train.checkpoint_every={every}",
-                            f"train.keep_checkpoints={preset.overlap_steps + 2}")
+                            f"train.keep_checkpoints={preset.overlap_steps + 1}")
     folder = workdir / "runs" / one.name
     print(f"\n=== {piece.name}: {one.name}, learning rates x{rate:g}", flush=True)
     figures = train(cfg, folder)
@@ -122,7 +121,7 @@ def _run_piece(preset: Preset, piece: Piece, workdir) -> bool:
     row = {**_row(preset, one, cfg, rate, figures, folder), "settings": settings}
     if one.rate is None:
       row |= _evaluate(preset, one, folder)
-    if watched:
+    if one.watched:
       _look_inside(preset, one, cfg, folder, workdir)
     with (workdir / "results.jsonl").open("a") as file:
       file.write(json.dumps(row) + "\n")
