@@ -128,7 +128,8 @@ def test_smoke(tmp_path, monkeypatch):
 
 
 def _metrics(row):
-  return {name: value for name, value in row.items() if name not in ("tokens_per_second", "date")}
+  return {name: value for name, value in row.items()
+          if name not in ("tokens_per_second", "date", "commit")}
 
 
 def _check_results(smoke):
