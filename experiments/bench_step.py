@@ -1,21 +1,25 @@
 """Times whole training steps of a config and of its full-attention twin on one machine.
 
     python -m experiments.bench_step --config=configs/hysparse_7b.py:long --set model.num_layers=8 \
-        --set data.batch_size=1 [--twins=full,swa] [--documents=8] [--append=FILE] [--json]
+        --set data.batch_size=1 [--twins=full,swa] [--documents=8] [--profile=20] [--json]
 
 One row per model: tokens/s, model FLOPs utilisation (useful FLOPs of `accounting`, nothing
 recomputed, over the matrix-unit rate of --peak_tflops), peak memory, both from one process. The
 batch is random tokens; --documents packs that many equal ones into each row.
 """
 
+import collections
 import dataclasses
 import gc
+import pathlib
 import statistics
+import tempfile
 import time
 
 import jax
 import numpy as np
 from absl import flags
+from jax.profiler import ProfileData
 
 from experiments import cli, rows
 from hysparse_jax import accounting, sharding, train_step
@@ -26,6 +30,7 @@ _TWINS = flags.DEFINE_list("twins", ["full"], "Which baselines beside it: full, 
 _STEPS = flags.DEFINE_integer("steps", 8, "Timed steps; the median counts.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 1, "Packed into each row; 1 needs no masks.")
 _PEAK = flags.DEFINE_float("peak_tflops", 989.0, "bf16 peak of a device (989: H100 and H200).")
+_PROFILE = flags.DEFINE_integer("profile", 0, "Kernels of one step to list, longest first.")
 _NAME = flags.DEFINE_string("name", None, "Name of the rows; default the config's.")
 
 
@@ -41,8 +46,27 @@ def random_batch(cfg, documents: int) -> Batch:
                positions=index % each, weights=np.ones((batch, length), np.float32))
 
 
-def bench(cfg, documents: int, steps: int, peak_tflops: float) -> dict:
+def print_kernels(folder, count: int):
+  """The `count` kernels that took longest in a trace: ms, calls, name."""
+  total = collections.defaultdict(lambda: [0.0, 0])
+  for path in pathlib.Path(folder).rglob("*.xplane.pb"):
+    for plane in ProfileData.from_file(str(path)).planes:
+      if not plane.name.startswith("/device:"):
+        continue
+      for line in plane.lines:
+        if line.name.startswith("Stream"):
+          for event in line.events:
+            total[event.name][0] += event.duration_ns / 1e6
+            total[event.name][1] += 1
+  print(f"{sum(ms for ms, _ in total.values()):10.1f} ms in all kernels")
+  for name, (ms, calls) in sorted(total.items(), key=lambda item: -item[1][0])[:count]:
+    print(f"{ms:10.1f} ms {calls:6} x {name[:90]}")
+
+
+def bench(cfg, documents: int, steps: int, peak_tflops: float, profile: int) -> dict:
   """Compiles and runs the training step of `cfg`; the fields of a row that it measures.
+
+  `profile` > 0 also prints that many kernels of one more step.
 
   Returns:
     ms (median of `steps` steps), tokens_per_second, mfu, loss after them, and peak_bytes: what the
@@ -53,13 +77,17 @@ def bench(cfg, documents: int, steps: int, peak_tflops: float) -> dict:
   with jax.set_mesh(mesh):
     state = program.init(jax.random.key(0))
     batch = jax.device_put(random_batch(cfg, documents), program.batch_sharding)
-    step = program.step.lower(state, batch).compile()
-    memory = step.memory_analysis()
+    memory = program.step.lower(state, batch).compile().memory_analysis()
     times = []
-    for _ in range(steps + 1):                     # the first one warms up
+    for _ in range(steps + 1):                     # the first one compiles
       start = time.perf_counter()
-      state, result = jax.block_until_ready(step(state, batch))
+      state, result = jax.block_until_ready(program.step(state, batch))
       times.append(time.perf_counter() - start)
+    if profile:
+      with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+          state, result = jax.block_until_ready(program.step(state, batch))
+        print_kernels(folder, profile)
   seconds = statistics.median(times[1:])
   tokens = cfg.data.batch_size * cfg.data.seq_len
   flops = accounting.train_flops_per_token(cfg.model, cfg.data.seq_len // documents) * tokens
@@ -84,7 +112,7 @@ def main(argv):
   first = None
   for attention, model in models.items():
     row = bench(dataclasses.replace(cfg, model=model), _DOCUMENTS.value, _STEPS.value,
-                _PEAK.value)
+                _PEAK.value, _PROFILE.value)
     gc.collect()                                   # the state of this model, before the next one's
     jax.clear_caches()
     first = first or row

@@ -7,7 +7,7 @@ restore reads the manifest first, then the arrays, and compares; the newest chec
 wins, and every one passed over is reported.
 
 On disk: `<directory>/<step>/state` holds plain nested dicts named by attribute and key, without
-framework types, `<directory>/<step>/manifest` the JSON. One process only, for now.
+framework types, `<directory>/<step>/manifest` the JSON. One process only: more raise.
 """
 
 import concurrent.futures

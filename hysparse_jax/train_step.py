@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hysparse_jax import guard, model, moe, optim, sharding
+from hysparse_jax import checkpoint, guard, model, moe, optim, sharding
 from hysparse_jax.config import Config
 from hysparse_jax.data import Batch
 
@@ -72,15 +72,13 @@ def build(cfg: Config, mesh: jax.sharding.Mesh) -> Program:
     step=jax.jit(lambda state, batch: _step(cfg, tx, state, batch),
                  in_shardings=(state_sharding, rows), out_shardings=(state_sharding, everywhere),
                  donate_argnums=0),
-    abstract_state=jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      abstract, state_sharding),
+    abstract_state=checkpoint.abstract_state(abstract, state_sharding),
     batch_sharding=rows)
 
 
 def _step(cfg: Config, tx, state: TrainState, batch: Batch):
   (total, stats), grads = _gradients(cfg, state.model, batch)
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   ok, guarded = guard.judge(state.guard, total, grad_norm, cfg.train.spike_factor)
   updates, opt_state = tx.update(grads, state.opt_state, state.model)
   params = optax.apply_updates(state.model, updates)

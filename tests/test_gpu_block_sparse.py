@@ -14,7 +14,13 @@ import pytest
 
 from experiments import selections
 from pallas_kernels import compat
-from pallas_kernels.block_sparse_attention import gpu, index_plan, mosaic_gpu, reference
+from pallas_kernels.block_sparse_attention import (
+  gpu,
+  index_plan,
+  mosaic_gpu,
+  mosaic_gpu_split,
+  reference,
+)
 from pallas_kernels.hybrid_sparse_attention import gpu as hybrid_gpu
 from pallas_kernels.hybrid_sparse_attention import reference as hybrid_reference
 from pallas_kernels.sliding_window_attention import gpu as window_gpu
@@ -32,8 +38,9 @@ def on_cpu():
     pytest.skip("interpreters run on CPU")
   patch = pytest.MonkeyPatch()
   triton_interpreter.install(patch)
-  patch.setattr(mosaic_gpu, "union_forward", functools.partial(
-    mosaic_gpu.union_forward, interpret=compat.InterpretGPUParams()))
+  for module, name in ((mosaic_gpu, "union_forward"), (mosaic_gpu_split, "split_forward")):
+    patch.setattr(module, name, functools.partial(
+      getattr(module, name), interpret=compat.InterpretGPUParams()))
   yield
   patch.undo()
 
@@ -126,7 +133,8 @@ def check_plan(picks, config, blocks):
 
 
 @pytest.mark.parametrize("config", [
-  index_plan.PlanConfig(32, 8, 2, 16, 32), index_plan.PlanConfig(8, 2, 2, 16, 32),
+  index_plan.PlanConfig(32, 8, 2, 16, 32),
+  index_plan.PlanConfig(16, 2, 1, 16, 32, dense_tile=0.33, longest_first=False),
   index_plan.PlanConfig(16, 1, 1, 16, 32, longest_first=False),
   index_plan.PlanConfig(32, 33, 2, 16, 32)], ids=str)
 @pytest.mark.parametrize("packed_bits", [32, 2], ids=["one_sort", "sort_a_head"])
@@ -146,48 +154,68 @@ def test_plan_names_what_it_cannot_do():
     index_plan.PlanConfig(tile_tokens=5)
   with pytest.raises(ValueError, match="stages"):
     mosaic_gpu.UnionConfig(blocks_per_step=2, stages=4)
+  with pytest.raises(ValueError, match="slots"):
+    mosaic_gpu_split.SplitConfig(slots=4)
+  plan = gpu.make_plan(jnp.zeros((1, 1, 128, 4), jnp.int32), 4)
+  array = lambda heads: jnp.zeros((1, 128, heads, 64), jnp.bfloat16)
+  with pytest.raises(ValueError, match="tiles of 32 tokens"):
+    mosaic_gpu_split.split_forward(array(16), array(1), array(1), plan, scale=1.0)
 
 
-@pytest.mark.parametrize("batch,tokens,kv_heads,group,picks,segmented,threshold,programs", [
-  (1, 192, 1, 4, 4, False, 1, 2),
-  (2, 128, 1, 8, 2, True, 1, 132),
-  (1, 128, 1, 16, 2, False, 1, 3),
-])
-def test_union_forward_interpreted(batch, tokens, kv_heads, group, picks, segmented, threshold,
-                                   programs):
+@pytest.mark.parametrize("batch,tokens,group,picks,segmented,config", [
+  (1, 128, 4, 2, False, mosaic_gpu.UnionConfig(programs=3)),          # a second round for one
+  (2, 64, 8, 1, True, mosaic_gpu.UnionConfig(blocks_per_step=1)),
+  (1, 128, 16, 2, False, mosaic_gpu_split.SplitConfig(programs=3)),   # up to three rounds
+  (2, 64, 16, 1, True, mosaic_gpu_split.SplitConfig(slots=2)),
+], ids=str)
+def test_hot_forward_interpreted(batch, tokens, group, picks, segmented, config):
   q, k, v, _, sinks, segments = make_inputs(
-    0, batch, tokens, kv_heads, group, 64, jnp.bfloat16, segmented)
-  indices = random_picks(1, batch, kv_heads, tokens, picks)
-  out, _ = mosaic_gpu.union_forward(
-    q, k, v, gpu.make_plan(indices, group, threshold), scale=0.125, sinks=sinks,
-    segment_ids=segments, config=mosaic_gpu.UnionConfig(programs=programs),
-    interpret=compat.InterpretGPUParams())
+    0, batch, tokens, 1, group, 64, jnp.bfloat16, segmented)
+  indices = random_picks(1, batch, 1, tokens, picks)
+  split = group == 16
+  plan = index_plan.build_plan(indices, tokens // 64, index_plan.PlanConfig(
+    tile_tokens=(mosaic_gpu_split if split else mosaic_gpu).tile_tokens(group), hot_threshold=1,
+    list_multiple=1 if split else config.blocks_per_step))
+  run = mosaic_gpu_split.split_forward if split else mosaic_gpu.union_forward
+  out, lse = run(q, k, v, plan, scale=0.125, sinks=sinks, segment_ids=segments, config=config,
+                 interpret=compat.InterpretGPUParams())
   want = reference.block_sparse_attention(
     q.astype(jnp.float32), k, v, indices, block_size=64, sinks=sinks, segment_ids=segments,
     scale=0.125)
   assert relative(out, want) < RELATIVE["bfloat16"]
+  assert (np.asarray(lse) > sinks * np.log2(np.e) - 1e-3).all()      # the sink is in every sum
 
 
-@pytest.mark.parametrize("group,head_dim,segmented", [
-  (4, 128, False), (8, 64, True), (16, 128, True), (16, 64, False)])
-def test_union_forward_lowers_for_cuda(group, head_dim, segmented):
+@pytest.mark.parametrize("group,head_dim,segmented,tokens,threshold", [
+  (4, 128, False, 1024, None), (8, 64, True, 1000, 1), (16, 128, True, 1024, 1),
+  (16, 64, False, 1000, None)])
+def test_forward_lowers_for_cuda(monkeypatch, group, head_dim, segmented, tokens, threshold):
+  """The Mosaic kernels of both branches; the Triton kernels need a GPU to be imported."""
+  def hot(q, k, v, sinks, segment_ids, plan, scale, window):
+    limit = {} if window is None else dict(window=window)
+    return gpu.hot_forward(
+      q, k, v, plan, sinks=sinks, segment_ids=segment_ids, scale=scale, **limit)
+
+  monkeypatch.setattr(gpu, "forward", hot)
+
   def run(q, k, v, indices, segments):
-    return mosaic_gpu.union_forward(
-      q, k, v, gpu.make_plan(indices, group, 1), scale=0.1,
-      segment_ids=segments if segmented else None)
+    segments = segments if segmented else None
+    return (gpu.block_sparse_attention(q, k, v, indices, segment_ids=segments,
+                                       hot_threshold=threshold),
+            window_gpu.sliding_window_attention(q, k, v, segment_ids=segments))
 
   array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype)
-  keys = array((1, 1024, 2, head_dim), jnp.bfloat16)
+  keys = array((1, tokens, 2, head_dim), jnp.bfloat16)
   lowered = jax.jit(run).trace(
-    array((1, 1024, 2 * group, head_dim), jnp.bfloat16), keys, keys,
-    array((1, 2, 1024, 16), jnp.int32), array((1, 1024), jnp.int32),
+    array((1, tokens, 2 * group, head_dim), jnp.bfloat16), keys, keys,
+    array((1, 2, tokens, 16), jnp.int32), array((1, tokens), jnp.int32),
   ).lower(lowering_platforms=("cuda",))
-  assert "mosaic_gpu" in lowered.as_text()
+  assert lowered.as_text().count("mosaic_gpu_v2") == 2
 
 
 @pytest.mark.parametrize("batch,tokens,kv_heads,group,picks,segmented,threshold,partial_bytes", [
-  (2, 100, 1, 3, 3, True, 1000, 1),         # key-major alone, padded T and G, a pass a head
-  (1, 128, 2, 4, 2, False, 6, 6 << 30),     # hot and rare picks
+  (2, 100, 1, 3, 2, True, 1000, 1),         # key-major alone, padded T and G, a pass a head
+  (1, 128, 1, 4, 2, False, 20, 6 << 30),    # hot and rare picks
 ])
 def test_whole_op_interpreted(on_cpu, monkeypatch, batch, tokens, kv_heads, group, picks,
                               segmented, threshold, partial_bytes):
@@ -207,8 +235,7 @@ def test_whole_op_interpreted(on_cpu, monkeypatch, batch, tokens, kv_heads, grou
     (q, k, v, sinks), dout, jnp.float16)
 
 
-@pytest.mark.parametrize("tokens,group,window,segmented", [
-  (192, 4, 100, False), (120, 16, 128, True)])
+@pytest.mark.parametrize("tokens,group,window,segmented", [(192, 4, 100, False)])
 def test_sliding_window_interpreted(on_cpu, tokens, group, window, segmented):
   q, k, v, dout, sinks, segments = make_inputs(4, 1, tokens, 1, group, 64, jnp.float16, segmented)
   compare(
@@ -217,6 +244,42 @@ def test_sliding_window_interpreted(on_cpu, tokens, group, window, segmented):
     lambda q, k, v, sinks: window_reference.sliding_window_attention(
       q, k, v, window=window, sinks=sinks, segment_ids=segments, scale=0.125),
     (q, k, v, sinks), dout, jnp.float16)
+
+
+def compare_hybrid(seed, batch, tokens, kv_heads, group, head_dim, dtype, picks, *, segmented,
+                   per_head, window, plan):
+  """Forward and gradients of the whole layer against the reference's."""
+  q, k, v, dout, sinks, segments = make_inputs(
+    seed, batch, tokens, kv_heads, group, head_dim, dtype, segmented)
+  _, k_local, v_local, gates, sinks_local, _ = make_inputs(
+    seed + 1, batch, tokens, kv_heads, group, head_dim, dtype, False)
+  gates = jax.nn.sigmoid(gates[..., :1].astype(jnp.float32) if per_head else gates)
+  options = dict(window=window, segment_ids=segments)
+  return compare(
+    lambda q, k, v, kl, vl, g, h, s, sl: hybrid_gpu.hybrid_sparse_attention(
+      q, k, v, picks, kl, vl, g, h, sinks_sparse=s, sinks_local=sl, plan=plan, **options),
+    lambda q, k, v, kl, vl, g, h, s, sl: hybrid_reference.hybrid_sparse_attention(
+      q, k, v, picks, kl, vl, g, h, sinks_sparse=s, sinks_local=sl, block_size=64,
+      scale=head_dim ** -0.5, **options),
+    (q, k, v, k_local, v_local, gates, 1 - gates, sinks, sinks_local), dout, dtype)
+
+
+@pytest.mark.parametrize("batch,tokens,group,threshold,per_head,segmented", [
+  (2, 60, 3, 17, False, True),    # gates in the sum of the parts, a pass a row, padded T and G
+  (1, 64, 4, 1, True, False),     # one kernel has all the picks, XLA gates
+])
+def test_hybrid_interpreted(on_cpu, monkeypatch, batch, tokens, group, threshold, per_head,
+                            segmented):
+  from pallas_kernels.block_sparse_attention import triton as key_major
+
+  small = key_major.KeyMajorConfig(partial_bytes=1)
+  monkeypatch.setattr(key_major, "KeyMajorConfig", lambda: small)
+  picks = random_picks(6, batch, 1, tokens, 2)
+  plan = gpu.make_plan(picks, group, threshold)
+  rare = int(plan.rare.sum())
+  assert (rare == 0) if threshold == 1 else (0 < rare < int(plan.valid.sum()))
+  compare_hybrid(5, batch, tokens, 1, group, 64, jnp.float16, picks, segmented=segmented,
+                 per_head=per_head, window=40, plan=plan)
 
 
 @pytest.mark.parametrize("change,named", [
@@ -283,18 +346,13 @@ def test_on_device(case, segmented):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("group,head_dim", [(4, 128), (16, 128), (8, 64)])
-def test_hybrid_on_device(group, head_dim):
-  tokens, heads = 1024, 2 * group
-  q, k, v, dout, sinks, segments = make_inputs(7, 2, tokens, 2, group, head_dim, jnp.bfloat16, True)
-  _, k_local, v_local, gates, sinks_local, _ = make_inputs(
-    8, 2, tokens, 2, group, head_dim, jnp.bfloat16, False)
-  gates = jax.nn.sigmoid(gates)
-  indices = jnp.asarray(np.stack([selections.walk(2, tokens, 1.0, 6, seed) for seed in range(2)]))
-  assert gates.shape[2] == heads
-  compare(
-    lambda q, k, v, kl, vl, g, s, sl: hybrid_gpu.hybrid_sparse_attention(
-      q, k, v, indices, kl, vl, g, 1 - g, sinks_sparse=s, sinks_local=sl, segment_ids=segments),
-    lambda q, k, v, kl, vl, g, s, sl: hybrid_reference.hybrid_sparse_attention(
-      q, k, v, indices, kl, vl, g, 1 - g, sinks_sparse=s, sinks_local=sl, block_size=64,
-      window=128, segment_ids=segments, scale=head_dim ** -0.5),
-    (q, k, v, k_local, v_local, gates, sinks, sinks_local), dout, jnp.bfloat16)
+@pytest.mark.parametrize("threshold", [None, 1, 12])
+def test_hybrid_on_device(group, head_dim, threshold):
+  tokens = 1000
+  picks = jnp.asarray(np.stack([
+    selections.selection(name, 2, tokens, 6, 1) for name in ("walk r=1", "random")]))
+  run = functools.partial(
+    compare_hybrid, 7, 2, tokens, 2, group, head_dim, jnp.bfloat16, picks, segmented=True,
+    per_head=threshold == 1, window=128, plan=gpu.make_plan(picks, group, threshold))
+  for got, again in zip(jax.tree.leaves(run()), jax.tree.leaves(run())):
+    assert (got == again).all(), "two runs differ"

@@ -15,7 +15,7 @@ from hysparse_jax.data import Batch
 from hysparse_jax.errors import UserError
 from hysparse_jax.hybrid import FullLayer, Rows, SparseLayer
 from hysparse_jax.model import Transformer
-from tests.tolerances import assert_close
+from tests.tolerances import TOLERANCES, assert_close
 
 # Two groups of layers, (full + 2) and a last full one; 8 blocks of 16 keys at T=128, 2 selected.
 SMALL = config.ModelConfig(
@@ -206,6 +206,23 @@ def test_remat_changes_memory_not_values():
     assert_close(value, results[0][0], "same_sum_f32")
     for a, b in zip(grads, results[0][1]):
       assert_close(a, b, "gradient_f32")
+
+
+def test_the_head_multiplies_in_the_compute_dtype_both_ways():
+  rng = np.random.default_rng(0)
+  hidden = jnp.asarray(rng.standard_normal((2, 24, 32)), jnp.bfloat16)
+  head = jnp.asarray(rng.standard_normal((32, 50)) / 6, jnp.bfloat16)
+  lse = lambda hidden, head: jax.nn.logsumexp(model._scores(hidden, head), axis=-1).sum()
+  program = jax.jit(jax.grad(lse, argnums=(0, 1))).lower(hidden, head).as_text()
+  products = [line for line in program.splitlines() if "dot_general" in line]
+  assert len(products) == 3
+  assert all(line.split(" : (")[1].split(") ->")[0].count("bf16") == 2 for line in products)
+  got = jax.grad(lse, argnums=(0, 1))(hidden, head)
+  exact = jax.grad(lambda x, w: jax.nn.logsumexp(x @ w, axis=-1).sum(), argnums=(0, 1))(
+    hidden.astype(jnp.float32), head.astype(jnp.float32))
+  for value, expected in zip(got, exact):
+    error = jnp.linalg.norm(value.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+    assert error < TOLERANCES["head_grad_bf16"][0]
 
 
 def test_loss_in_chunks_and_z_loss():

@@ -17,9 +17,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-_NONE = jnp.uint32(0xFFFFFFFF)
+_NONE = np.uint32(0xFFFFFFFF)
 PACKED_BITS = 32        # of a sort key that holds (row, block, class, token, slot)
 _WINDOW = 256           # tiles sorted by length together
 
@@ -51,8 +52,8 @@ class PlanConfig:
     for name in ("hot_threshold", "list_multiple", "forward_entries", "backward_entries"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
-    if not 0.25 <= self.dense_tile <= 1:
-      raise ValueError(f"dense_tile: got {self.dense_tile}, want 0.25 to 1")
+    if not 0.0625 <= self.dense_tile <= 1:
+      raise ValueError(f"dense_tile: got {self.dense_tile}, want 0.0625 to 1")
 
   @property
   def has_hot(self):

@@ -103,18 +103,27 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, group_ptr, start_ptr, end_ptr
 
 
 @triton.jit
-def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, old_out_ptr, old_lse_ptr, first_row,
-                   out_ptr, lse_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, local_ptr, gate_sparse_ptr,
+                   gate_local_ptr, sparse_ptr, old_lse_ptr, old_out_ptr, first_row, out_ptr,
+                   lse_ptr, kept_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
                    H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr,
-                   UNION: tl.constexpr, SINKS: tl.constexpr):
-  """One softmax out of a token's rare parts and, with UNION, what the outputs hold already.
+                   UNION: tl.constexpr, SINKS: tl.constexpr, GATED: tl.constexpr,
+                   GATE_HEADS: tl.constexpr, KEEP: tl.constexpr):
+  """One softmax out of a token's rare parts and, with UNION, of the hot picks' output.
 
-  A program takes STEPS times TOKENS tokens; with UNION those without rare picks are left alone.
-  `old_out_ptr` and `old_lse_ptr` are the outputs' own memory, or nothing on a first pass.
+  With GATED the hot picks' output is at `sparse_ptr`; the sum is gated and added to the gated
+  local branch, and KEEP stores it before the gates too. Else the hot picks' output is what `out`
+  holds already, and tokens without rare picks are left alone. A program takes STEPS times TOKENS
+  tokens.
   """
   row = first_row + tl.program_id(1).to(tl.int64)
   batch = row // K
   kv = row % K
+  if UNION and not GATED:
+    counts = tl.load(rare_ptr + row * T + tl.program_id(0) * (STEPS * TOKENS)
+                     + tl.arange(0, STEPS * TOKENS))
+    if tl.max(counts, 0) == 0:
+      return
   lane = tl.arange(0, TOKENS * G)
   head = lane % G
   d = tl.arange(0, H)
@@ -122,8 +131,9 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, old_out_ptr, old_
     token = (tl.program_id(0) * STEPS + step) * TOKENS + lane // G
     count = tl.load(rare_ptr + row * T + token)
     most = tl.max(count, 0)
-    if not UNION or most > 0:
+    if not UNION or GATED or most > 0:
       query = (batch * T + token) * (K * G) + kv * G + head
+      at = query[:, None] * H + d[None, :]
       first = (tl.program_id(1).to(tl.int64) * T + token) * (P * G) + head
       high = tl.full([TOKENS * G], _LOW, tl.float32)
       if UNION:
@@ -140,21 +150,33 @@ def combine_kernel(part_ptr, part_lse_ptr, rare_ptr, sink_ptr, old_out_ptr, old_
       if UNION:
         weight = tl.exp2(union_lse - high)
         total += weight
-        union = tl.load(old_out_ptr + query[:, None] * H + d[None, :]).to(tl.float32)
-        acc += weight[:, None] * union
+        if GATED:
+          union = tl.load(sparse_ptr + at)
+        else:
+          union = tl.load(old_out_ptr + at)
+        acc += weight[:, None] * union.to(tl.float32)
       if SINKS:
         total += tl.exp2(sink - high)
       for p in range(most):
         has = p < count
-        at = first + p * G
-        weight = tl.exp2(tl.load(part_lse_ptr + at, mask=has, other=_MASKED) - high)
+        part_at = first + p * G
+        weight = tl.exp2(tl.load(part_lse_ptr + part_at, mask=has, other=_MASKED) - high)
         total += weight
-        part = tl.load(part_ptr + at[:, None] * H + d[None, :], mask=has[:, None], other=0.0)
+        part = tl.load(part_ptr + part_at[:, None] * H + d[None, :], mask=has[:, None], other=0.0)
         acc += weight[:, None] * part.to(tl.float32)
       safe = tl.where(total > 0, total, 1.0)
-      tl.store(out_ptr + query[:, None] * H + d[None, :],
-               (acc * (1.0 / safe)[:, None]).to(out_ptr.dtype.element_ty))
+      acc = acc * (1.0 / safe)[:, None]
       tl.store(lse_ptr + query, tl.where(total > 0, high + tl.log2(safe), _MASKED))
+      if GATED:
+        if KEEP:
+          tl.store(kept_ptr + at, acc.to(kept_ptr.dtype.element_ty))
+        gate_at = at
+        if GATE_HEADS:
+          gate_at = query[:, None] + tl.zeros([1, H], tl.int32)
+        local = tl.load(local_ptr + at).to(tl.float32)
+        gate_local = tl.load(gate_local_ptr + gate_at).to(tl.float32)
+        acc = acc * tl.load(gate_sparse_ptr + gate_at).to(tl.float32) + local * gate_local
+      tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -280,12 +302,28 @@ def _after(arrays, done):
   return jax.lax.optimization_barrier((arrays, done))[0]
 
 
-def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, config=None):
+@dataclasses.dataclass(frozen=True)
+class Gates:
+  """What turns the sparse branch's output into the layer's, in the sum of the parts.
+
+  local [B,T,N,H]: the other branch; gate_sparse, gate_local [B,T,N,H] or [B,T,N,1]. `keep`: also
+  return the sparse branch before its gate.
+  """
+
+  local: jax.Array
+  gate_sparse: jax.Array
+  gate_local: jax.Array
+  keep: bool
+
+
+def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, gates=None,
+            config=None):
   """The rare picks of the plan, and `union` = (out, lse) of the hot ones, as one softmax.
 
   q [B,T,N,H], k, v [B,T,K,H], sinks f32 [N] -> out [B,T,N,H], base-2 lse f32 [B,T,N], the sink
   included; a row that sees no key has out 0. `union` counts the sinks already: give one of them.
-  Its memory is reused, and only the tokens with rare picks are touched.
+  Its memory is reused, and only the tokens with rare picks are touched. With `gates`, for which
+  there must be a `union` -> the layer's out, lse, and the sparse branch's out or None.
   """
   config = config or KeyMajorConfig()
   sizes = _sizes(q, k, plan)
@@ -297,10 +335,15 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, c
   steps = min(config.combine_steps, 64 // combine_tokens)
   segments = jnp.zeros((1,), jnp.int32) if segment_ids is None else segment_ids
   sink_values = jnp.zeros((1,), jnp.float32) if sinks is None else sinks
-  done = () if union is None else tuple(union)
+  none, keep = jnp.zeros((1,), q.dtype), gates is not None and gates.keep
+  out, lse = (None, None) if union is None else union
+  sparse, branches = none, (none,) * 3
+  if gates is not None:
+    out, sparse = None, out
+    branches = gates.local, gates.gate_sparse, gates.gate_local
   for first_row in range(0, rows, each):
     if first_row:
-      q, k, v = _after((q, k, v), done)
+      q, k, v = _after((q, k, v), (out, lse))
     part, part_lse = _call(
       forward_kernel, q, k, v, plan.entries, work.group, work.starts, work.ends, work.first,
       segments, first_row,
@@ -310,17 +353,21 @@ def forward(q, k, v, plan, *, scale, union=None, sinks=None, segment_ids=None, c
       num_warps=config.forward_warps, num_stages=config.forward_stages, C=blocks, ROWS=each,
       SCALE=float(scale), TOKENS=max(config.forward_rows // group, 1),
       SEGMENTS=segment_ids is not None, **sizes)
-    old = done or (jnp.zeros((1,), q.dtype), jnp.zeros((1,), jnp.float32))
-    done = _call(
-      combine_kernel, part, part_lse, plan.rare, sink_values, *old, first_row,
+    aliases = ({} if lse is None else {8: 1}) | ({} if out is None else {9: 0})
+    out, lse, kept = _call(
+      combine_kernel, part, part_lse, plan.rare, sink_values, *branches, sparse,
+      jnp.zeros((1,), jnp.float32) if lse is None else lse, none if out is None else out,
+      first_row,
       out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype),
-                 jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
-      input_output_aliases={4: 0, 5: 1} if done else None,
+                 jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
+                 jax.ShapeDtypeStruct(q.shape if keep else (1,), q.dtype)),
+      input_output_aliases=aliases | ({7: 2} if keep else {}),
       grid=(sizes["T"] // (combine_tokens * steps), each), num_warps=config.combine_warps,
       num_stages=1, TOKENS=combine_tokens, STEPS=steps, UNION=union is not None,
-      SINKS=sinks is not None, **sizes)
-    done = tuple(done)
-  return done
+      SINKS=sinks is not None, GATED=gates is not None,
+      GATE_HEADS=gates is not None and gates.gate_sparse.shape[-1] == 1, KEEP=keep, **sizes)
+    sparse = kept if keep else sparse
+  return (out, lse) if gates is None else (out, lse, kept if keep else None)
 
 
 def backward(q, k, v, dout, lse, delta, plan, *, scale, segment_ids=None, window=None,
