@@ -1,12 +1,18 @@
-"""Evaluates the newest good checkpoint of a run: held-out loss, needles, the oracle's figures.
+"""Evaluates the newest good checkpoint of a run: loss, needles, recall tasks, the oracle's figures.
 
     python -m experiments.evaluate --workdir=runs/tiny [--tasks=heldout,needle,oracle] [--json]
         [--batches=8] [--seq_len=4096] [--lengths=256,512] [--depths=0,0.5,1] [--samples=4]
+    python -m experiments.evaluate --workdir=runs/tiny --tasks=ruler,mqar,copy
+        [--lengths=2048,4096,8192,16384,32768] [--samples=16] [--form=tokens|text]
 
     heldout  loss in nats per token and bits per byte, whole and by position in the document
     needle   recall of a value by its key, over lengths and depths (hysparse_jax/evals/needle.py)
     oracle   of attention="hysparse": overlap of neighbouring tokens' selections, attention mass the
              selection covers in every layer, mean gates (hysparse_jax/evals/oracle.py)
+    ruler    the 13 RULER tasks; any of them, mqar and copy can be named alone. `--form=tokens`
+             (hysparse_jax/evals/token_tasks.py): ids for models trained on them (data.task_share),
+             one forward pass over the answer. `--form=text` (evals/text_tasks.py): the benchmark's
+             prompts, answers generated through the cache
 
 Prints a table per task, or with --json one object per line and task; pictures go to
 <workdir>/plots/. Nothing else in the run's folder is touched.
@@ -17,6 +23,7 @@ import math
 import pathlib
 from typing import NamedTuple
 
+import numpy as np
 from absl import flags
 from rich import box
 from rich.console import Console
@@ -26,26 +33,34 @@ from experiments import cli
 from hysparse_jax import data
 from hysparse_jax.config import Config
 from hysparse_jax.errors import UserError
+from hysparse_jax.evals import text_tasks, token_tasks
 from hysparse_jax.evals.heldout import heldout
 from hysparse_jax.evals.needle import needle
 from hysparse_jax.evals.oracle import UNION_TOKENS, oracle
+from hysparse_jax.evals.recall import DEPTH_BINS, recall, recall_text
 from hysparse_jax.model import Transformer
 from hysparse_jax.run import load_run
 
-_TASKS = flags.DEFINE_list("tasks", None, "Of heldout, needle, oracle; default: all the model has.")
+_TASKS = flags.DEFINE_list("tasks", None, "Of heldout, needle, oracle, ruler, and the recall tasks "
+                                          "by name; default: the first three, if the model has "
+                                          "them.")
+_FORM = flags.DEFINE_enum("form", "tokens", ["tokens", "text"], "Of the recall tasks.")
 _BATCHES = flags.DEFINE_integer("batches", 8, "Held-out batches for heldout and oracle.")
 _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens per row of heldout and oracle; default: "
                                                  "data.seq_len.")
-_LENGTHS = flags.DEFINE_list("lengths", None, "Needle: tokens; default: a quarter, half and all of "
-                                              "data.seq_len, each at least 64.")
+_LENGTHS = flags.DEFINE_list("lengths", None, "Needle and recall tasks: tokens; default: a "
+                                              "quarter, half and all of data.seq_len, each at "
+                                              "least 64.")
 _DEPTHS = flags.DEFINE_list("depths", ["0", "0.25", "0.5", "0.75", "1"],
                             "Needle: places, 0 the start, 1 right before the question.")
-_SAMPLES = flags.DEFINE_integer("samples", 4, "Needle: puzzles per length and depth.")
+_SAMPLES = flags.DEFINE_integer("samples", 4, "Needle: puzzles per length and depth; recall tasks: "
+                                            "per length.")
 _DISTRACTORS = flags.DEFINE_integer("distractors", 0, "Needle: further lines with other keys.")
 _NEEDLE_SEED = flags.DEFINE_integer("needle_seed", 0, "Needle: of keys, values and text.",
                                     lower_bound=0)
 
 ALL_TASKS = ("heldout", "needle", "oracle")
+RECALL_TASKS = {"tokens": token_tasks.TASKS, "text": text_tasks.TASKS}   # by --form
 
 
 class Settings(NamedTuple):
@@ -58,6 +73,7 @@ class Settings(NamedTuple):
   samples: int = 4
   distractors: int = 0
   needle_seed: int = 0
+  form: str = "tokens"
 
 
 class _Run(NamedTuple):
@@ -73,7 +89,8 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
 
   Args:
     workdir: of `experiments.train`.
-    tasks: of `ALL_TASKS`; None: all that the model has.
+    tasks: of `ALL_TASKS` and `RECALL_TASKS`, or "ruler" for the 13; None: those of `ALL_TASKS`
+      that the model has.
     settings: None: the defaults.
     console: where tables go; None: nowhere.
 
@@ -81,9 +98,7 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
     UserError: no such task, no run or checkpoint, a setting that cannot be.
   """
   settings = Settings() if settings is None else settings
-  unknown = [task for task in tasks or () if task not in ALL_TASKS]
-  if unknown:
-    raise UserError(f"unknown task {unknown[0]!r}; allowed: {', '.join(ALL_TASKS)}")
+  tasks, asked = _known(tasks, settings.form)
   if not workdir:
     raise UserError("--workdir is missing; name the folder of a run, such as runs/tiny")
   cfg, model, tokenizer, step = load_run(workdir)
@@ -91,15 +106,43 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
   if tasks is None:
     has_oracle = cfg.model.attention == "hysparse" and "sparse" in cfg.model.layer_kinds
     tasks = ALL_TASKS if has_oracle else ALL_TASKS[:2]
+  parts = [([task], {"heldout": _heldout, "needle": _needle, "oracle": _oracle}[task])
+           for task in tasks] + ([(asked, _recall)] if asked else [])
   rows = []
-  for task in tasks:
-    row, shown, paths = {"heldout": _heldout, "needle": _needle, "oracle": _oracle}[task](
-      run, settings)
-    rows.append({"task": task, "step": step, **row, "plots": [str(path) for path in paths]})
+  for names, function in parts:
+    if function is _recall:
+      found, shown, paths = _recall(run, settings, names)
+    else:
+      row, shown, paths = function(run, settings)
+      found = [row]
+    paths = [str(path) for path in paths]
+    rows += [{"task": task, "step": step, **row, "plots": paths}
+             for task, row in zip(names, found)]
     if console is not None:
       for part in (*shown, *(f"wrote {path}" for path in paths), ""):
         console.print(part, soft_wrap=isinstance(part, str), highlight=False)
   return rows
+
+
+def _known(tasks, form):
+  """The tasks of `ALL_TASKS` asked for (None: whatever there is) and the recall tasks."""
+  if tasks is None:
+    return None, []
+  recall_tasks = RECALL_TASKS[form]
+  first, asked = [], []
+  for task in tasks:
+    if task == "ruler":
+      asked += list(recall_tasks)[:13]
+    elif task in ALL_TASKS:
+      first.append(task)
+    elif task in recall_tasks:
+      asked.append(task)
+    elif form == "text" and task in token_tasks.TASKS:
+      text_tasks.check_task(task)
+    else:
+      raise UserError(f"unknown task {task!r}; allowed: {', '.join(ALL_TASKS)}, ruler, "
+                      f"{', '.join(recall_tasks)}")
+  return first, list(dict.fromkeys(asked))
 
 
 def _batches(run, settings):
@@ -123,14 +166,58 @@ def _heldout(run, settings):
   return {**result._asdict(), "by_position": by_position, "seq_len": seq_len}, [note, table], []
 
 
-def _needle(run, settings):
-  lengths = settings.lengths
-  if lengths is None:
-    lengths = sorted({max(64, run.cfg.data.seq_len // part) for part in (4, 2, 1)})
+def _lengths(run, settings):
+  if settings.lengths is not None:
+    return settings.lengths
+  return tuple(sorted({max(64, run.cfg.data.seq_len // part) for part in (4, 2, 1)}))
+
+
+def _heldout_tokens(run):
   documents = data.Corpus.open(run.cfg.data).heldout
-  haystack, _ = run.tokenizer.encode_documents(documents)
-  result = needle(run.model, run.tokenizer, haystack, lengths, settings.depths, settings.samples,
-                  settings.needle_seed, settings.distractors)
+  return run.tokenizer.encode_documents(documents)[0]
+
+
+def _recall(run, settings, tasks):
+  lengths = _lengths(run, settings)
+  if settings.form == "text":
+    result, ids = recall_text(run.model, run.tokenizer, tasks, lengths, settings.samples), None
+  else:
+    text_size = run.tokenizer.vocab_size
+    trained = run.cfg.data.task_share > 0
+    ids = token_tasks.ids_of(
+      text_size + run.cfg.data.task_ids if trained else run.cfg.model.vocab_size, text_size)
+    # Ids above the text's: essays are held-out text. Else text would hold keys by accident.
+    text = _heldout_tokens(run) if ids.first == text_size else None
+    result = recall(run.model, ids, tasks, lengths, settings.samples, text=text)
+  names = [f"{length:,}" for length in lengths]
+  table = Table("recall (F1)", *names, box=box.SIMPLE_HEAD)
+  for task, shares, f1 in zip(tasks, result.recall, result.f1):
+    table.add_row(task, *(f"{a:.2f} ({b:.2f})" for a, b in zip(shares, f1)))
+  note = (f"recall tasks, {settings.form} form, {settings.samples} samples per cell: references "
+          "given by RULER's rule (exact-set F1)"
+          + ("; answers scored in one forward pass" if ids else "; answers generated greedily"))
+  from hysparse_jax import plots  # matplotlib is slow to import
+  paths = [plots.heat_map(result.recall, names, tasks, run.plots / "recall.png",
+                          title=f"Recall by task ({settings.form} form)", x_name="tokens",
+                          y_name="")]
+  rows = []
+  for index, task in enumerate(tasks):
+    row = {name: getattr(result, name)[index].tolist() for name in ("recall", "f1", "exact")}
+    if ids is not None and not np.isnan(result.by_depth[index]).all():
+      depths = [f"{(bin + 0.5) / DEPTH_BINS:.1f}" for bin in range(DEPTH_BINS)]
+      row["by_depth"] = result.by_depth[index].tolist()
+      paths.append(plots.heat_map(
+        result.by_depth[index], names, depths, run.plots / f"recall_{task}.png",
+        title=f"{task}: answers right", x_name="tokens", y_name="depth of the evidence"))
+    rows.append({"form": settings.form, "lengths": list(lengths), **row,
+                 "samples": settings.samples, "ids": ids and ids._asdict()})
+  return rows, [note, table], paths
+
+
+def _needle(run, settings):
+  lengths = _lengths(run, settings)
+  result = needle(run.model, run.tokenizer, _heldout_tokens(run), lengths, settings.depths,
+                  settings.samples, settings.needle_seed, settings.distractors)
   table = Table("depth", *(f"{length:,} tokens" for length in result.lengths), box=box.SIMPLE_HEAD)
   for depth, exact, tokens in zip(result.depths, result.accuracy, result.token_accuracy):
     table.add_row(f"{depth:g}", *(f"{a:.2f} ({b:.2f})" for a, b in zip(exact, tokens)))
@@ -178,16 +265,7 @@ def _oracle(run, settings):
   reach += f"; by blocks at random: {result.chance:.3f}"
 
   from hysparse_jax import plots  # matplotlib is slow to import
-  paths = [
-    plots.coverage_by_layer([(layer.layer, layer.distance, layer.coverage)
-                             for layer in result.layers if layer.coverage is not None],
-                            run.plots / "oracle_coverage.png", chance=result.chance),
-    plots.block_map(result.picked, run.plots / "oracle_blocks.png",
-                    block_size=run.cfg.model.block_size)]
-  unions = {layer.layer: {1: layer.overlap.picked, **layer.overlap.union}
-            for layer in result.layers if layer.overlap is not None}
-  if unions:
-    paths.append(plots.overlap_by_layer(unions, run.plots / "oracle_overlap.png"))
+  paths = plots.oracle_figures(result, run.plots, block_size=run.cfg.model.block_size)
   layers = [layer._asdict() | {"overlap": layer.overlap and layer.overlap._asdict()}
             for layer in result.layers]
   row = {"layers": layers, "coverage_by_distance": result.coverage_by_distance,
@@ -217,7 +295,7 @@ def main(argv):
     batches=_BATCHES.value, seq_len=_SEQ_LEN.value,
     lengths=None if _LENGTHS.value is None else _numbers(_LENGTHS, int),
     depths=_numbers(_DEPTHS, float), samples=_SAMPLES.value, distractors=_DISTRACTORS.value,
-    needle_seed=_NEEDLE_SEED.value)
+    needle_seed=_NEEDLE_SEED.value, form=_FORM.value)
   rows = evaluate(cli.WORKDIR.value, _TASKS.value, settings,
                   None if cli.JSON.value else Console())
   if cli.JSON.value:

@@ -2,24 +2,33 @@
 
 `trace` and `early` are what full-attention layers of small byte-level models picked at 32,768
 tokens of Python source (16 of 512 blocks of 64 keys a token): a trained one (0.97 bits per byte,
-heads of layers 3, 4, 5) and an undertrained one (2.26, nearly random). `walk` keeps the previous
-token's picks and replaces r of them on average; `random` draws every token's afresh.
+heads of layers 3, 4, 5) and an undertrained one (2.26, nearly random). `hysparse`, where
+`experiments.reproduce` recorded it, is what a HySparse trained on such text picks. `walk` keeps the
+previous token's picks and replaces r of them on average; `random` draws every token's afresh.
 """
 
 import pathlib
 
 import numpy as np
 
-_RECORDED = pathlib.Path(__file__).parent / "data" / "selections_32k.npz"
+_FOLDER = pathlib.Path(__file__).parent / "data"     # of selections_*.npz
 BLOCK = 64
 
 
 def recorded(name, heads):
-  """`trace` or `early` -> i32 [heads, 32768, 16], ascending, -1 last; at most 8 heads."""
-  with np.load(_RECORDED) as data:
-    if name not in data:
-      raise ValueError(f"selection: got {name!r}, want one of {', '.join(sorted(data.files))}")
-    picks = data[name]
+  """`trace`, `early` or another recording -> i32 [heads, T, P], ascending, -1 last.
+
+  T is 32768 and P 16 in the recordings that are kept here; they have at most 8 heads.
+  """
+  known = []
+  for path in sorted(_FOLDER.glob("selections_*.npz")):
+    with np.load(path) as data:
+      known += data.files
+      if name in data:
+        picks = data[name]
+        break
+  else:
+    raise ValueError(f"selection: got {name!r}, want one of {', '.join(sorted(known))}")
   if heads > picks.shape[0]:
     raise ValueError(f"selection {name}: got {heads} heads, {picks.shape[0]} were recorded")
   return pads_last(picks[:heads].astype(np.int32))

@@ -40,9 +40,11 @@ def train(cfg: config.Config, workdir) -> dict:
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_divisible(cfg, mesh)
   tokenizer = data.load_tokenizer(cfg.data)
-  if tokenizer.vocab_size > cfg.model.vocab_size:
+  ids = tokenizer.vocab_size + (cfg.data.task_ids if cfg.data.task_share else 0)
+  if ids > cfg.model.vocab_size:
+    extra = f" and data.task_ids={cfg.data.task_ids}" if cfg.data.task_share else ""
     raise UserError(f"model.vocab_size={cfg.model.vocab_size} is smaller than the tokenizer's "
-                    f"{tokenizer.vocab_size}; set model.vocab_size to at least that")
+                    f"{tokenizer.vocab_size}{extra}; set model.vocab_size to at least {ids}")
   stream = data.TrainStream(cfg.data, jax.process_index(), jax.process_count())
   heldout_batches = data.heldout_batches(cfg.data, cfg.train.eval_batches)
   workdir = run.prepare(workdir)

@@ -52,7 +52,7 @@ def account(cfg: ModelConfig, tokens: int, kv_dtype: str = "bf16") -> Account:
 def twins(cfg: ModelConfig) -> dict[str, ModelConfig]:
   """The same backbone with full attention everywhere, and with sliding windows in between."""
   return {attention: dataclasses.replace(cfg, attention=attention, local_branch=True,
-                                         local_shares_kv=False)
+                                         local_shares_kv=False, block_choice="oracle")
           for attention in ("full", "swa")}
 
 

@@ -27,6 +27,7 @@ class GroupCache(NamedTuple):
   full_v: jax.Array           # [C, B, S, K, Hv]
   ring_k: jax.Array | None    # [C, M, B, W, K, H]; position p stands in slot p % W
   ring_v: jax.Array | None    # [C, M, B, W, K, Hv]
+  last_picked: jax.Array | None = None   # i32 [C, B, K, P], of block_choice="previous" alone
 
 
 class DecodeState(NamedTuple):
@@ -51,10 +52,13 @@ def init_cache(cfg: ModelConfig, batch: int, max_tokens: int) -> DecodeState:
     full = (count, batch, max_tokens, cfg.num_kv_heads)
     ring = (count, num_sparse, batch, cfg.window, cfg.num_kv_heads)
     has_ring = num_sparse > 0 and cfg.owns_local_kv
+    remembers = num_sparse > 0 and cfg.block_choice == "previous"
     groups.append(GroupCache(
       zeros(*full, cfg.head_dim), zeros(*full, cfg.v_dim),
       zeros(*ring, cfg.head_dim) if has_ring else None,
-      zeros(*ring, cfg.v_dim) if has_ring else None))
+      zeros(*ring, cfg.v_dim) if has_ring else None,
+      jnp.full((count, batch, cfg.num_kv_heads, cfg.num_blocks), -1, jnp.int32)
+      if remembers else None))
   return DecodeState(jnp.zeros((batch,), jnp.int32), tuple(groups))
 
 
@@ -88,6 +92,13 @@ def append_ring(cache: GroupCache, block, layer, k, v, positions, valid) -> Grou
                                                           mode="drop"),
     ring_v=cache.ring_v.at[block, layer, rows, slots].set(v.astype(cache.ring_v.dtype),
                                                           mode="drop"))
+
+
+def remember_picks(cache: GroupCache, block, picked, valid) -> GroupCache:
+  """Keeps the picks i32 [B, K, T, P] of each row's newest `valid` token [B, T]."""
+  newest = jnp.maximum(jnp.sum(valid, axis=1) - 1, 0)                      # valid ones come first
+  last = jnp.take_along_axis(picked, newest[:, None, None, None], axis=2)[:, :, 0]
+  return cache._replace(last_picked=cache.last_picked.at[block].set(last))
 
 
 def ring_view(full, positions, window: int):

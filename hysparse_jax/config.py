@@ -112,6 +112,7 @@ class ModelConfig(_Checked):
   tied_embeddings: bool = False
   dtype: Literal["bfloat16", "float32"] = "bfloat16"   # compute; weights are kept in float32
   remat: Literal["none", "layer", "block"] = "none"    # what the backward pass recomputes
+  block_choice: Literal["oracle", "random", "previous"] = "oracle"  # ablations, see block_choice.py
   implementation: str | None = None   # of attention in training; None picks by platform
 
   def __post_init__(self):
@@ -134,6 +135,8 @@ class ModelConfig(_Checked):
     _require(self.local_branch or self.attention != "swa",
              "model.local_branch=False leaves attention='swa' with no attention at all; "
              "use attention='hysparse'")
+    _require(self.block_choice == "oracle" or self.attention == "hysparse",
+             f"model.block_choice={self.block_choice!r} needs attention='hysparse'")
     _require(not self.local_shares_kv or (self.attention == "hysparse" and self.local_branch),
              "model.local_shares_kv=True needs attention='hysparse' and local_branch=True")
 
@@ -205,12 +208,18 @@ class DataConfig(_Checked):
   heldout_fraction: float = 0.05      # share of documents, by hash, that training never sees
   workers: int = 0                    # reader processes; the batches do not depend on it
   seed: int = 0                       # of the order of documents
+  task_share: float = 0.0             # share of rows that are recall tasks instead of text
+  tasks: str = "all"                  # of evals/token_tasks.py, separated by commas
+  task_ids: int = 768                 # ids that tasks are spelled with, after the tokenizer's
+  task_weight: float = 1.0            # loss weight of a task row's answers; a full text row has 1
+  task_positions: int = 0             # positions a task sample spreads over; 0: as many as tokens
 
   def __post_init__(self):
     self._check_choices()
     self._check_at_least(2, "seq_len")
-    self._check_at_least(1, "batch_size")
-    self._check_at_least(0, "workers", "seed")
+    self._check_at_least(1, "batch_size", "task_ids")
+    self._check_at_least(0, "workers", "seed", "task_weight", "task_positions")
+    self._check_unit_interval("task_share")
     _require(0.0 < self.heldout_fraction < 1.0,
              f"data.heldout_fraction is {self.heldout_fraction}; it must be between 0 and 1")
 

@@ -9,17 +9,20 @@
 | arrayrecord | .arrayrecord .array_record | one record: UTF-8 text; or, where the file's first    |
 |             |                            | record is a JSON object, `text_field` of the object   |
 
-`"python_stdlib"` is the standard library of the running interpreter, one .py file a document.
+`"python_stdlib"` is the standard library of the running interpreter, one .py file a document;
+`"python_packages"` are the packages installed beside it.
 A folder is read in the order of its relative paths, hidden files and `__pycache__` aside; under
 `format="auto"` it may mix formats, a named format keeps only the files of its extensions.
 Text is UTF-8 and kept byte for byte. Empty documents are left out.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import site
 import sysconfig
 from collections.abc import Iterator
 
@@ -27,6 +30,7 @@ from hysparse_jax.config import DataConfig
 from hysparse_jax.errors import UserError
 
 PYTHON_STDLIB = "python_stdlib"
+PYTHON_PACKAGES = "python_packages"
 _EXTENSIONS = {
   ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".parquet": "parquet",
   ".arrayrecord": "arrayrecord", ".array_record": "arrayrecord",
@@ -52,12 +56,19 @@ class Corpus:
 
   @classmethod
   def open(cls, cfg: DataConfig) -> "Corpus":
-    """Reads `cfg.source` whole into memory.
+    """Reads `cfg.source` whole into memory; of installed Python sources the last one is kept.
 
     Raises:
       UserError: nothing there, a damaged or undecodable file (named, with its line or record),
         a record without `cfg.text_field`, or too few documents for both sides of the split.
     """
+    if cfg.source in (PYTHON_STDLIB, PYTHON_PACKAGES):     # they do not change while Python runs
+      return _read_installed(DataConfig(source=cfg.source, format=cfg.format,
+                                        heldout_fraction=cfg.heldout_fraction))
+    return cls._read(cfg)
+
+  @classmethod
+  def _read(cls, cfg: DataConfig) -> "Corpus":
     total, train, heldout = hashlib.sha256(), [], []
     threshold = int(cfg.heldout_fraction * 2**64)
     for document in _documents(cfg):
@@ -79,12 +90,22 @@ class Corpus:
     return cls(tuple(train), tuple(document for _, document in heldout), total.hexdigest())
 
 
+@functools.lru_cache(maxsize=1)
+def _read_installed(cfg) -> Corpus:
+  return Corpus._read(cfg)
+
+
 def _documents(cfg) -> Iterator[bytes]:
-  if cfg.source == PYTHON_STDLIB:
+  if cfg.source in (PYTHON_STDLIB, PYTHON_PACKAGES):
     if cfg.format not in ("auto", "text"):
-      raise UserError(f"data.format={cfg.format!r} does not fit data.source={PYTHON_STDLIB!r}; "
+      raise UserError(f"data.format={cfg.format!r} does not fit data.source={cfg.source!r}; "
                       "leave it at 'auto'")
-    yield from _python_stdlib()
+    if cfg.source == PYTHON_STDLIB:
+      yield from _python_sources([sysconfig.get_path("stdlib")],
+                                 _SKIPPED_FOLDERS | _INSTALLED_FOLDERS)
+    else:
+      yield from _python_sources([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"),
+                                  *site.getsitepackages()], _SKIPPED_FOLDERS)
     return
   path = pathlib.Path(cfg.source).expanduser()
   try:
@@ -98,22 +119,21 @@ def _documents(cfg) -> Iterator[bytes]:
       else:
         yield from _READERS[kind](path, cfg.text_field)
     else:
-      raise UserError(f"data.source={cfg.source!r} does not exist; give a file, a folder or "
-                      f"{PYTHON_STDLIB!r}")
+      raise UserError(f"data.source={cfg.source!r} does not exist; give a file, a folder, "
+                      f"{PYTHON_STDLIB!r} or {PYTHON_PACKAGES!r}")
   except OSError as error:
     raise UserError(f"data.source={cfg.source!r}: {error}; check that it can be read") from error
 
 
-def _python_stdlib() -> Iterator[bytes]:
-  folder = pathlib.Path(sysconfig.get_path("stdlib"))
-  files = [file for file in _walk(folder, _SKIPPED_FOLDERS | _INSTALLED_FOLDERS)
-           if file.suffix == ".py"]
+def _python_sources(folders, skipped) -> Iterator[bytes]:
+  folders = list(dict.fromkeys(pathlib.Path(folder).resolve() for folder in folders))
+  files = [file for folder in folders for file in _walk(folder, skipped) if file.suffix == ".py"]
   if not files:
-    raise UserError(f"this Python keeps no .py files in {folder}; set data.source to a file or "
-                    "folder of text")
+    raise UserError(f"this Python keeps no .py files in {', '.join(map(str, folders))}; set "
+                    "data.source to a file or folder of text")
   for file in files:
     data = file.read_bytes()
-    if _is_utf8(data):   # the library's own tests include sources in other encodings
+    if _is_utf8(data):   # tests of source encodings are among them
       yield data
 
 

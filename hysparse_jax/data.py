@@ -3,7 +3,8 @@
 Documents are tokenised once into one flat array. Training reads an endless sequence of rows:
 epoch after epoch, each with the documents in a fresh order drawn from (seed, epoch). With
 `packing` the epochs form one stream of tokens, cut every `seq_len`; without it every row is one
-document, or a `seq_len` piece of a longer one, padded. Where a row lies follows from its number
+document, or a `seq_len` piece of a longer one, padded. With `task_share` that share of the rows are
+recall tasks (`task_rows.py`). Where a row lies follows from its number
 by a search in cumulative lengths, so nothing is replayed on resume and no reader state is saved:
 a checkpoint holds the step and the `fingerprint` of the recipe. Rows are trained on in a shuffled
 order, pass by pass, since neighbours are often pieces of one document: the batch of step s is the
@@ -32,6 +33,7 @@ from absl import flags
 from hysparse_jax.config import DataConfig
 from hysparse_jax.corpus import Corpus
 from hysparse_jax.errors import UserError
+from hysparse_jax.task_rows import TaskRows, open_task_rows, split_row
 from hysparse_jax.tokenizer import load_tokenizer
 
 __all__ = ["Batch", "Corpus", "TrainStream", "check_fingerprint", "heldout_batches",
@@ -50,7 +52,8 @@ class Batch(NamedTuple):
   targets: np.ndarray       # i32 [B,T], the next token of the same document; 0 where there is none
   segment_ids: np.ndarray   # i32 [B,T], 1, 2, ... per row, one for each document in it; 0 = padding
   positions: np.ndarray     # i32 [B,T], from 0 in every segment
-  weights: np.ndarray       # f32 [B,T], 1 where there is a target, else 0
+  weights: np.ndarray       # f32 [B,T], 1 where there is a target, else 0; answers of tasks weigh
+                            # what `task_rows.py` says
 
 
 class TrainStream:
@@ -74,7 +77,8 @@ class TrainStream:
                        cfg.seed)
     self._folder = None   # of the tokens as files, once worker processes need them
     share = cfg.batch_size // process_count
-    self._slice = _Slice(cfg.batch_size, process_index * share, share)
+    self._slice = _Slice(cfg.batch_size, process_index * share, share, cfg.task_share,
+                         open_task_rows(cfg, tokenizer.vocab_size))
     self.num_documents = len(corpus.train)
     self.tokens_per_epoch = self._rows.tokens.size
     if self.tokens_per_epoch < (cfg.seq_len if cfg.packing else 1):
@@ -88,6 +92,9 @@ class TrainStream:
       **{name: str(getattr(cfg, name)) for name in (
         "text_field", "seq_len", "batch_size", "packing", "heldout_fraction", "seed")},
     }
+    if cfg.task_share:
+      self.fingerprint |= {name: str(getattr(cfg, name)) for name in (
+        "task_share", "tasks", "task_ids", "task_weight", "task_positions")}
 
   def batch(self, step: int) -> Batch:
     """This host's slice of the batch of `step`, [B / process_count, T]."""
@@ -205,10 +212,20 @@ class _Slice(NamedTuple):
   batch_size: int
   first: int
   count: int
+  task_share: float
+  tasks: TaskRows | None
 
   def of(self, rows, step) -> Batch:
     numbers = step * self.batch_size + self.first + np.arange(self.count)
-    return rows.take(shuffled_rows(numbers, rows.per_pass, rows.seed))
+    if self.tasks is None:
+      return rows.take(shuffled_rows(numbers, rows.per_pass, rows.seed))
+    kinds = [split_row(number, self.task_share) for number in numbers.tolist()]
+    text = np.array([number for is_task, number in kinds if not is_task], np.int64)
+    batch = rows.take(shuffled_rows(text, rows.per_pass, rows.seed))
+    asked = [self.tasks.take(number, rows.tokens) for is_task, number in kinds if is_task]
+    order = np.argsort([is_task for is_task, _ in kinds], kind="stable").argsort()
+    return Batch(*(np.concatenate([one, *(row[name][None] for row in asked)])[order]
+                   for name, one in batch._asdict().items()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from hysparse_jax import block_choice
 from hysparse_jax import cache as kv_cache
 from hysparse_jax.cache import GroupCache, SharedKV
 from hysparse_jax.config import ModelConfig
@@ -123,7 +124,8 @@ class FullLayer(Attention):
     `num_blocks` is P; 0 when no layer follows that would use them.
     """
     cfg = self.cfg
-    options = dict(block_size=cfg.block_size, num_blocks=num_blocks)
+    ranked = 0 if cfg.block_choice == "random" else num_blocks    # blocks the oracle is asked for
+    options = dict(block_size=cfg.block_size, num_blocks=ranked)
     _, q, k, v = self.project(x, rows)
     if cache is None:
       shared = SharedKV(k, v)
@@ -137,9 +139,28 @@ class FullLayer(Attention):
       attend = lambda q, k, v, positions: cached_oracle_attention(q, k, v, positions, **options)
       o, picked = per_device(attend, (HEADS, KV, KV, TOKENS), (HEADS, PICKED))(
         q, *shared, rows.positions)
+    if num_blocks and cfg.block_choice != "oracle":
+      picked, cache = self._replaced(picked, rows, num_blocks, shared, cache, block)
     picked = checkpoint_name(picked, "block_indices")   # saved, so never recomputed differently
     x, router = self.finish(x, o)
     return x, shared, picked, cache, LayerStats(None, None, router)
+
+  def _replaced(self, picked, rows: Rows, num_blocks, shared, cache, block):
+    """The ablations' blocks in place of the oracle's, and the cache they need."""
+    cfg = self.cfg
+    shape = rows.positions.shape
+    index, first, before = rows.positions, jnp.zeros(shape, jnp.int32), None
+    if cache is None:
+      index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+      first = block_choice.document_starts(rows.segment_ids, shape)
+    if cfg.block_choice == "random":
+      total = -(-shared.k.shape[1] // cfg.block_size)
+      return block_choice.random_blocks(index, first, cfg.num_kv_heads, num_blocks,
+                                        cfg.block_size, total), cache
+    if cache is not None:
+      before = cache.last_picked[block]
+      cache = kv_cache.remember_picks(cache, block, picked, rows.valid)
+    return block_choice.previous_blocks(picked, index == first, before), cache
 
 
 class SparseLayer(Attention):

@@ -217,3 +217,75 @@ def overlap_by_layer(unions: dict, path):
   axis.legend(fontsize=7, ncol=2)
   axis.grid(alpha=0.3)
   return _save(figure, path)
+
+
+def oracle_figures(result, folder, *, block_size: int) -> list[pathlib.Path]:
+  """oracle_coverage.png, oracle_blocks.png and, where tokens choose, oracle_overlap.png.
+
+  Args:
+    result: an `evals.oracle.OracleResult`.
+    folder: where the pictures go.
+    block_size: keys per block.
+  """
+  folder = pathlib.Path(folder)
+  paths = [
+    coverage_by_layer([(layer.layer, layer.distance, layer.coverage)
+                       for layer in result.layers if layer.coverage is not None],
+                      folder / "oracle_coverage.png", chance=result.chance),
+    block_map(result.picked, folder / "oracle_blocks.png", block_size=block_size)]
+  unions = {layer.layer: {1: layer.overlap.picked, **layer.overlap.union}
+            for layer in result.layers if layer.overlap is not None}
+  if unions:
+    paths.append(overlap_by_layer(unions, folder / "oracle_overlap.png"))
+  return paths
+
+
+def quality_against_cache(points: dict, path, *, tokens: int):
+  """Held-out bits per byte and mean recall against the cache of one sequence, a point per model.
+
+  Args:
+    points: model -> (cache bytes, [bits per byte], [recall in percent]), one value per seed.
+    path: of the PNG.
+    tokens: that the cache holds.
+  """
+  figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
+  for column, (axis, label) in enumerate(zip(axes, ("recall (%)", "held-out bits per byte")), 1):
+    for index, (model, values) in enumerate(points.items()):
+      seeds = np.asarray(values[3 - column], float)
+      axis.errorbar(values[0] / 1e6, seeds.mean(), yerr=seeds.std(ddof=1) if seeds.size > 1 else 0,
+                    marker="os^Dvp*X<>hd"[index % 12], capsize=3, linestyle="none", label=model)
+    axis.set_xscale("log")
+    axis.set(xlabel=f"KV cache at {tokens:,} tokens (MB, bf16)", ylabel=label)
+    axis.grid(alpha=0.3, which="both")
+  axes[1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+  return _save(figure, path)
+
+
+def lines_by_length(lines: dict, lengths, path, *, title: str, y_name: str):
+  """Lines over sequence lengths with the spread over seeds: name -> f [seeds, lengths]."""
+  figure, axis = plt.subplots(figsize=(7, 4))
+  for name, values in lines.items():
+    values = np.asarray(values, float)
+    spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
+    axis.errorbar(lengths, values.mean(axis=0), yerr=spread, marker="o", capsize=3, label=name)
+  axis.set_xscale("log", base=2)
+  axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+  axis.set(xlabel="tokens", ylabel=y_name, title=title)
+  axis.legend(fontsize=7, ncol=2)
+  axis.grid(alpha=0.3)
+  return _save(figure, path)
+
+
+def overlap_by_step(unions: dict, path):
+  """U(w) over training, a panel per selecting layer: layer -> {w: [(step, U(w)), ...]}."""
+  figure, axes = plt.subplots(1, len(unions), figsize=(1 + 4 * len(unions), 3.6), sharey=True,
+                              squeeze=False)
+  for axis, (layer, widths) in zip(axes[0], unions.items()):
+    for width, points in widths.items():
+      axis.plot(*zip(*points), marker="o", label=f"U({width})")
+    axis.set(xlabel="step", title=f"layer {layer}")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+  axes[0, 0].set_ylabel("distinct blocks, mean")
+  axes[0, -1].legend(fontsize=7)
+  return _save(figure, path)

@@ -70,8 +70,8 @@ def warn(text: str):
   print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def load_run(workdir):
-  """The newest good checkpoint of a run, on the first device.
+def load_run(workdir, step: int | None = None):
+  """The newest good checkpoint of a run, or that of a step, on the first device.
 
   Returns:
     (Config, Transformer, tokenizer, step).
@@ -83,5 +83,5 @@ def load_run(workdir):
   mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
   program = train_step.build(cfg, mesh)
   with Checkpoints(pathlib.Path(workdir) / "checkpoints", read_only=True) as checkpoints:
-    state, _, step = checkpoints.restore(program.abstract_state, report=warn)
+    state, _, step = checkpoints.restore(program.abstract_state, step, report=warn)
   return cfg, state.model, data.load_tokenizer(cfg.data), step

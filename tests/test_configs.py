@@ -49,7 +49,7 @@ def test_the_promised_configs_exist():
   promised |= {"tiny.py", "tiny_moe.py", "debug.py", "hysparse2_paper.py"}
   promised |= {f"ablations/{name}.py" for name in (
     "no_local_branch", "shared_local_kv", "per_head_gate", "no_sinks", "ratio", "block_size",
-    "selected_tokens", "window")}
+    "selected_tokens", "window", "block_choice")}
   assert set(files()) == promised
 
 

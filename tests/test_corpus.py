@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from hysparse_jax import corpus
 from hysparse_jax.config import DataConfig
 from hysparse_jax.corpus import Corpus
 from hysparse_jax.errors import UserError
@@ -177,3 +178,16 @@ def test_unreadable_source(tmp_path, monkeypatch):
   monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
   with pytest.raises(UserError, match=r"Permission denied.*a\.txt"):
     Corpus.open(DataConfig(source=str(path)))
+
+
+def test_python_packages_are_the_sources_beside_the_library(tmp_path, monkeypatch):
+  for name, text in (("a/one.py", b"x = 1\n"), ("b/two.py", b"y = 2\n"), ("b/no.txt", b"z"),
+                     ("b/latin.py", b"\xe9\xe9"), ("b/__pycache__/three.py", b"w")):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(text)
+  monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path / "a"))
+  monkeypatch.setattr(corpus.site, "getsitepackages", lambda: [str(tmp_path / "b")])
+  found = list(corpus._documents(DataConfig(source="python_packages")))
+  assert found == [b"x = 1\n", b"y = 2\n"]
+  with pytest.raises(UserError, match="does not fit data.source='python_packages'"):
+    list(corpus._documents(DataConfig(source="python_packages", format="jsonl")))

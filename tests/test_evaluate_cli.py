@@ -13,6 +13,7 @@ from flax import nnx
 from experiments import cli, evaluate, generate
 from hysparse_jax import plots
 from hysparse_jax.config import Config, DataConfig, ModelConfig
+from hysparse_jax.evals import token_tasks
 from hysparse_jax.model import Transformer
 from hysparse_jax.sampling import generate_text
 from hysparse_jax.tokenizer import ByteTokenizer
@@ -76,7 +77,26 @@ def test_evaluate_prints_tables(run, tmp_path, monkeypatch, capsys):
   assert "needle" not in out
 
 
+def test_evaluate_recall_tasks(run, tmp_path, monkeypatch, capsys):
+  code, out, err = _call(evaluate, monkeypatch, capsys, f"--workdir={tmp_path}", "--json",
+                         "--tasks=ruler,mqar", "--lengths=192", "--samples=1", run=run)
+  assert code in (0, None), err
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert [row["task"] for row in rows] == [*token_tasks.RULER, "mqar"]
+  assert all(np.shape(row["recall"]) == (1,) and row["ids"] == {"first": 0, "size": 256}
+             for row in rows)
+  assert (tmp_path / "plots" / "recall.png").read_bytes().startswith(b"\x89PNG")
+  assert np.shape(rows[-1]["by_depth"]) == (5, 1) and "by_depth" not in rows[9]
+  code, out, err = _call(evaluate, monkeypatch, capsys, f"--workdir={tmp_path}", "--form=text",
+                         "--tasks=qa_1_syn", "--lengths=600", "--samples=1", run=run)
+  assert code in (0, None), err
+  assert "qa_1_syn" in out and "answers generated greedily" in out
+
+
 @pytest.mark.parametrize("arguments, message", [
+  (["--tasks=qa_1", "--form=text"], "its synthetic stand-in is qa_1_syn"),
+  (["--tasks=cwe", "--lengths=100"], "cwe needs at least 158 tokens, got length 100"),
+  (["--tasks=qa_2_syn"], "unknown task 'qa_2_syn'; allowed: heldout"),
   (["--tasks=heldout,perplexity"],
    "unknown task 'perplexity'; allowed: heldout, needle, oracle"),
   (["--tasks=needle", "--lengths=20"], "needle length 20 is too short"),

@@ -65,7 +65,7 @@ def random_batch(shape=(4, 64), seed=2, cut=21):
 
 @pytest.mark.parametrize("fields", [
   dict(), dict(attention="full"), dict(attention="swa"), dict(local_shares_kv=True),
-  dict(moe=MOE)], ids=str)
+  dict(moe=MOE), dict(block_choice="random"), dict(block_choice="previous")], ids=str)
 def test_decoding_equals_one_pass(fields):
   net = make(variant(**fields))
   tokens = random_tokens((2, 70))
@@ -131,7 +131,7 @@ CHANGES = dict(
   head_dim=32, value_head_dim=8, d_ff=96, moe=MOE, sparse_per_full=1, block_size=32,
   selected_tokens=48, window=16, local_branch=False, local_shares_kv=True, gate="per_head",
   sinks=False, qk_norm=False, rope_base=500.0, norm_eps=1e-5, tied_embeddings=True,
-  dtype="bfloat16", remat="layer")
+  dtype="bfloat16", remat="layer", block_choice="random")
 
 
 def lowered(cfg):

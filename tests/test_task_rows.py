@@ -1,0 +1,114 @@
+"""Task rows in the training mixture: exact share, answers alone weigh, any host and any order."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hysparse_jax import data, task_rows
+from hysparse_jax.config import DataConfig
+from hysparse_jax.errors import UserError
+from hysparse_jax.evals import token_tasks
+from hysparse_jax.task_rows import open_task_rows, split_row
+from tests.corpora import write_folder
+
+T = 512
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+  source = write_folder(tmp_path_factory.mktemp("text") / "documents")
+  return DataConfig(source=str(source), seq_len=T, batch_size=8, heldout_fraction=0.2,
+                    task_share=0.375, task_ids=300)
+
+
+def _is_task(batch):
+  return (batch.tokens >= 256).any(axis=1)
+
+
+def test_share_is_exact_and_nothing_is_lost(cfg):
+  kinds = [split_row(number, 0.375) for number in range(2000)]
+  assert sum(is_task for is_task, _ in kinds) == 750
+  for wanted in (True, False):
+    numbers = [number for is_task, number in kinds if is_task == wanted]
+    assert numbers == list(range(len(numbers)))
+  stream = data.TrainStream(cfg)
+  assert [_is_task(stream.batch(step)).sum() for step in range(4)] == [3] * 4
+  plain = data.TrainStream(dataclasses.replace(cfg, task_share=0.0))
+  text = [row.tolist() for step in range(8) for row in stream.batch(step).tokens
+          if row.max() < 256]
+  assert text == [row.tolist() for step in range(5) for row in plain.batch(step).tokens]
+  assert plain.fingerprint.keys() < stream.fingerprint.keys()
+
+
+def test_answers_alone_have_weight(cfg):
+  stream = data.TrainStream(dataclasses.replace(cfg, task_share=1.0))
+  lengths = set()
+  for step in range(3):
+    batch = stream.batch(step)
+    for row in range(8):
+      asked = batch.weights[row] > 0
+      weights = np.unique(batch.weights[row][asked])
+      assert len(weights) == 1
+      expected = min(cfg.task_weight * T / asked.sum(), task_rows.MAX_ANSWER_WEIGHT)
+      np.testing.assert_allclose(weights[0], expected, rtol=1e-6)
+      at = np.flatnonzero(asked)
+      np.testing.assert_array_equal(batch.targets[row, at], batch.tokens[row, at + 1])
+      assert (batch.segment_ids[row, at] == batch.segment_ids[row, at + 1]).all()
+      assert (batch.targets[row][~asked] == 0).all()
+      lengths.add(T // batch.segment_ids[row].max())
+      starts = np.flatnonzero(np.diff(batch.segment_ids[row], prepend=0))
+      assert (batch.positions[row, starts] == 0).all()
+  assert lengths == {64, 128, 256, 512}
+
+
+def test_rows_hold_training_samples(cfg):
+  """Every piece is `sample(..., split="train")` of its number, and none is an evaluation's."""
+  rows = open_task_rows(dataclasses.replace(cfg, tasks="vt,mqar"), 256)
+  row = rows.take(7, None)
+  pieces = row["segment_ids"].max()
+  length = T // pieces
+  for piece in range(pieces):
+    tokens = row["tokens"][piece * length:(piece + 1) * length].tolist()
+    drawn = {split: [token_tasks.sample(task, rows.ids, length, 7 * pieces + piece, split=split,
+                                        seed=cfg.seed).tokens.tolist() for task in rows.tasks]
+             for split in token_tasks.SPLITS}
+    assert tokens in drawn["train"] and tokens not in drawn["eval"]
+
+
+def test_hosts_and_workers_agree(cfg):
+  whole = data.TrainStream(cfg).batch(5)
+  parts = [data.TrainStream(cfg, host, 2).batch(5) for host in range(2)]
+  for name, values in whole._asdict().items():
+    np.testing.assert_array_equal(values, np.concatenate([getattr(p, name) for p in parts]))
+  batches = data.TrainStream(cfg).iterator(5)
+  np.testing.assert_array_equal(next(batches).tokens, whole.tokens)
+  batches.close()
+
+
+def test_positions_skip_ahead_within_a_sample(cfg):
+  rows = open_task_rows(dataclasses.replace(cfg, task_positions=4 * T), 256)
+  plain = open_task_rows(cfg, 256)
+  furthest = 0
+  for number in range(30):
+    row, same = rows.take(number, None), plain.take(number, None)
+    np.testing.assert_array_equal(row["tokens"], same["tokens"])
+    steps = np.diff(row["positions"])
+    inside = np.diff(row["segment_ids"]) == 0
+    assert (steps[inside] >= 1).all() and row["positions"].max() < 4 * T
+    skips = (steps[inside] > 1).sum()
+    assert skips <= task_rows.JUMPS * row["segment_ids"].max()
+    furthest = max(furthest, row["positions"].max())
+  assert furthest > 2 * T
+
+
+@pytest.mark.parametrize("changes, message", [
+  (dict(tasks="vt,niah"), "unknown task 'niah'"),
+  (dict(task_ids=63), "task_ids is 63; the tasks need at least 64"),
+  (dict(seq_len=40, tasks="cwe"), "seq_len=40 is too short for every task"),
+])
+def test_bad_mixtures(cfg, changes, message):
+  with pytest.raises(UserError, match=message):
+    open_task_rows(dataclasses.replace(cfg, **changes), 256)
+  with pytest.raises(UserError, match="task_share is 1.5; it must be between 0 and 1"):
+    dataclasses.replace(cfg, task_share=1.5)
