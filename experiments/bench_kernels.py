@@ -43,7 +43,7 @@ _OP = flags.DEFINE_list("op", ["block_sparse_attention"], "Which: " + ", ".join(
 _SHAPE = flags.DEFINE_list("shape", ["7b_32k"], "Which of " + ", ".join(named_shapes.LARGE))
 _SELECTION = flags.DEFINE_list("selection", None, "Which selections; default all of the shape.")
 _PASS = flags.DEFINE_list("pass", None, "Which of fwd and fwd_bwd (tpu_static: bwd); default all.")
-_SAMPLES = flags.DEFINE_integer("samples", 20, "Samples whose median counts.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 20, "Samples whose median counts.", lower_bound=1)
 _HOT = flags.DEFINE_integer("hot_threshold", None, "Of the GPU's plan, instead of the default.")
 
 
@@ -54,7 +54,7 @@ def median_ms(run, *arguments):
   jax.block_until_ready(run(*arguments))
   calls = max(1, min(32, int(0.05 / (time.perf_counter() - start))))
   samples = []
-  for _ in range(_SAMPLES.value):
+  for _ in range(_REPEATS.value):
     start = time.perf_counter()
     for _ in range(calls):
       out = run(*arguments)

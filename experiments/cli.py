@@ -16,18 +16,20 @@ CONFIG = flags.DEFINE_string("config", None, "Config file, such as configs/tiny.
 SET = flags.DEFINE_multi_string("set", [], "Override one field, such as model.window=64; may be "
                                            "given many times, later ones win.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, such as runs/tiny.")
+MESH = flags.DEFINE_string("mesh", None, "Devices per axis, such as data=2,fsdp=2,tensor=2.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object per line instead of a table.")
 
 
 def load_config() -> config.Config:
-  """The config named by `--config`, with every `--set` applied in order.
+  """The config named by `--config`, with every `--set` applied in order, then `--mesh`.
 
   Raises:
     UserError: no `--config`, or one that does not load; an override that does not fit.
   """
   if not CONFIG.value:
     raise UserError("--config is missing; name a config file, such as --config=configs/tiny.py")
-  return config.override(config.load(CONFIG.value), *SET.value)
+  axes = [f"mesh.{part}" for part in MESH.value.split(",")] if MESH.value else []
+  return config.override(config.load(CONFIG.value), *SET.value, *axes)
 
 
 def run(main: Callable[[list[str]], None]):

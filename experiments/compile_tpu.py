@@ -2,7 +2,7 @@
 
     python -m experiments.compile_tpu --config=configs/hysparse_7b.py --set model.num_layers=4 \
         --set data.batch_size=4 --topology=v5p:2x2x1 --mesh=fsdp=2,tensor=2 [--step=train,decode]
-        [--tokens=32768] [--json]
+        [--cache_tokens=32768] [--json]
 
 Says for each step what a device needs of its memory, and fails where the TPU compiler would: VMEM
 of a kernel, HBM of the step. `libtpu` (requirements-dev.txt) is the compiler. Nothing runs.
@@ -27,10 +27,9 @@ STEPS = ("train", "prefill", "decode")
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "Slice as libtpu names it: v5e:2x2, "
                                                          "v5p:2x2x1, v6e:2x2, v5p:8x8x8, ...")
-_MESH = flags.DEFINE_string("mesh", None, "Devices per axis, such as fsdp=2,tensor=2.")
 _STEP = flags.DEFINE_list("step", ["train", "decode"], "Which of " + ", ".join(STEPS))
-_TOKENS = flags.DEFINE_integer("tokens", 32_768, "Room of the cache of prefill and decode.",
-                               lower_bound=1)
+_CACHE_TOKENS = flags.DEFINE_integer("cache_tokens", 32_768, "Of prefill and decode.",
+                                     lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens that prefill takes at once.", lower_bound=1)
 
 
@@ -75,8 +74,6 @@ def main(argv):
   unknown = sorted(set(_STEP.value) - set(STEPS))
   if unknown:
     raise UserError(f"--step: got {','.join(unknown)}, want some of {', '.join(STEPS)}")
-  if _MESH.value:
-    cfg = config.override(cfg, *(f"mesh.{part}" for part in _MESH.value.split(",")))
   if cfg.model.implementation is None:      # what None means on a TPU; here it would mean the CPU's
     cfg = dataclasses.replace(
       cfg, model=dataclasses.replace(cfg.model, implementation="mosaic_tpu"))
@@ -87,7 +84,7 @@ def main(argv):
   mesh = sharding.make_mesh(cfg.mesh, devices)
   for step in _STEP.value:
     start = time.perf_counter()
-    lowered = lower(step, cfg, mesh, _TOKENS.value, _CHUNK.value)
+    lowered = lower(step, cfg, mesh, _CACHE_TOKENS.value, _CHUNK.value)
     try:
       memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -97,8 +94,7 @@ def main(argv):
       "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
       "argument_bytes": memory.argument_size_in_bytes, "temp_bytes": memory.temp_size_in_bytes,
       "output_bytes": memory.output_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes,
-      "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes
-                    + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      "peak_bytes": memory.peak_memory_in_bytes,
       "compile_seconds": round(time.perf_counter() - start, 1)}
     split = ", ".join(f"{axis}={size}" for axis, size in row["mesh"].items()) or "one device"
     print(json.dumps(row) if cli.JSON.value else

@@ -13,7 +13,6 @@ import signal
 
 import jax
 import numpy as np
-from absl import flags
 
 from experiments import cli
 from hysparse_jax import accounting, config, data, metrics, optim, run, sharding, train_step
@@ -21,8 +20,6 @@ from hysparse_jax.checkpoint import Checkpoints
 from hysparse_jax.errors import UserError
 from hysparse_jax.evals.heldout import heldout
 from hysparse_jax.hybrid import by_layer
-
-_MESH = flags.DEFINE_string("mesh", None, "Devices per axis, such as data=2,fsdp=2,tensor=2.")
 
 
 def train(cfg: config.Config, workdir) -> dict:
@@ -181,10 +178,7 @@ class _StopOnSigterm:
 def main(argv):
   """Entry point."""
   del argv
-  cfg = cli.load_config()
-  if _MESH.value:
-    cfg = config.override(cfg, *(f"mesh.{part}" for part in _MESH.value.split(",")))
-  train(cfg, cli.WORKDIR.value)
+  train(cli.load_config(), cli.WORKDIR.value)
 
 
 if __name__ == "__main__":

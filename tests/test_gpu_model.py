@@ -11,7 +11,7 @@ from hysparse_jax.config import MeshConfig, ModelConfig
 from hysparse_jax.hybrid import plan_of
 from hysparse_jax.model import Transformer
 from pallas_kernels import plan_blocks
-from pallas_kernels.block_sparse_attention import gpu
+from pallas_kernels.hybrid_sparse_attention import gpu
 
 MODEL = ModelConfig(
   vocab_size=64, num_layers=7, d_model=64, num_heads=4, num_kv_heads=2, head_dim=64, d_ff=64,
@@ -45,8 +45,10 @@ def primitives(jaxpr):
 @pytest.mark.parametrize("remat", ["none", "layer", "block"])
 def test_the_layers_of_a_block_share_one_plan(monkeypatch, remat):
   # Triton's kernels cannot be traced without a GPU; what stands in uses every part of the plan.
-  monkeypatch.setattr(gpu, "_attention", lambda q, k, v, sinks, segments, plan, *_: q + sum(
-    jnp.sum(leaf).astype(q.dtype) for leaf in jax.tree.leaves(plan)))
+  def stand_in(q, k, v, k_local, v_local, gates, sinks, segment_ids, plan, scale, window):
+    return q + sum(jnp.sum(leaf).astype(q.dtype) for leaf in jax.tree.leaves(plan))
+
+  monkeypatch.setattr(gpu, "_hybrid", stand_in)
   cfg = ModelConfig(**{name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__}
                     | {"remat": remat})
   model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))

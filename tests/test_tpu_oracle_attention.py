@@ -186,4 +186,5 @@ def test_what_is_not_covered_is_named(change, message):
 
 def test_tpu_is_its_platform():
   from pallas_kernels.oracle_attention import api
-  assert api._BY_PLATFORM["tpu"] == "mosaic_tpu" in api._AVAILABLE
+  assert api._BY_PLATFORM["tpu"] == ("mosaic_tpu",)
+  assert "mosaic_tpu" in api._AVAILABLE
