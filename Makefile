@@ -17,7 +17,7 @@ quickstart: $(VENV)/.runtime
 	$(RUN) -m experiments.quickstart --workdir=runs/quickstart
 
 test: $(VENV)/.dev lint
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n $(JOBS) -m "not gpu"
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not gpu"
 
 test-gpu: $(VENV)/.dev
 	$(RUN) -m pytest -m gpu

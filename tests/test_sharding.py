@@ -133,7 +133,8 @@ def test_micro_batches_add_up_to_the_whole_batch():
   results = []
   for parts in (1, 2):
     program = train_step.build(config.override(cfg, f"train.grad_accum={parts}",
-                                               "optim.clip_norm=0", "data.batch_size=16"), mesh)
+                                               "optim.clip_norm=0", "optim.optimizer=adamw",
+                                               "data.batch_size=16"), mesh)
     batch = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch_of(cfg))
     batch = batch._replace(weights=batch.weights * (np.arange(64) < 40 + np.arange(16)[:, None]))
     with jax.set_mesh(mesh):
@@ -168,7 +169,8 @@ def test_context_parallelism_is_refused_plainly():
 def test_a_bad_step_changes_nothing_and_is_counted():
   cfg = load("tiny_moe", "hysparse")
   mesh = mesh_of(MOE_MESHES["mixed"])
-  program = train_step.build(config.override(cfg, "model.moe.bias_update_rate=0.01"), mesh)
+  program = train_step.build(config.override(cfg, "model.moe.bias_update_rate=0.01",
+                                             "optim.optimizer=adamw"), mesh)
   with jax.set_mesh(mesh):
     state = program.init(jax.random.key(0))
     good = jax.device_put(batch_of(cfg), program.batch_sharding)

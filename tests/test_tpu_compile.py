@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu is not published for this platform")
 
 HEADS = {"7b": (32, 8), "80b": (64, 4)}
+# The older stack compiles for v5p alone, whose VMEM is the smallest.
+GENERATIONS = ["v5e", "v5p", "v6e"] if sys.version_info >= (3, 12) else ["v5p"]
 # Op: its kernels in the compiled program, and what it may take of HBM beyond arguments and results,
 # in units of q's bytes: tile-order copies of q, out, dout and their kin, dq in float32. A [T, C]
 # array of scores would be 16 units at 8k and 256 at 128k for heads of 128 in bfloat16.
@@ -34,7 +37,7 @@ def nbytes(x):
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("tokens", [8_192, 32_768, 131_072])
-@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("op", OPS)
 def test_forward_and_backward_compile(op, generation, tokens, heads):
   num_heads, kv_heads = HEADS[heads]

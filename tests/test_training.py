@@ -46,9 +46,12 @@ def arguments(corpus, workdir, *more, name="tiny_moe"):
           *(f"--set={setting}" for setting in sets)]
 
 
-def start(args):
-  """`experiments.train` in a process of its own."""
+def start(args, cache=None):
+  """`experiments.train` in a process of its own; `cache` keeps what XLA compiled for the next."""
   env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  if cache is not None:
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
   return subprocess.Popen([sys.executable, "-m", "experiments.train", *args], cwd=REPO, env=env,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -79,9 +82,14 @@ def wait_for(path, process, seconds=240):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(corpus, tmp_path_factory):
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, cache, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  code, out, err = finish(start(arguments(corpus, workdir)))
+  code, out, err = finish(start(arguments(corpus, workdir), cache))
   assert code == 0, err
   assert "KV bytes per token" in out and "held-out at step 12" in out
   assert {"loss.png", "learning_rate.png", "gates.png", "expert_load.png"} <= {
@@ -90,15 +98,15 @@ def uninterrupted(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kill_after", [3, 6])
-def test_kill_9_and_resume_is_bit_exact(kill_after, corpus, uninterrupted, tmp_path):
+def test_kill_9_and_resume_is_bit_exact(kill_after, corpus, cache, uninterrupted, tmp_path):
   workdir = tmp_path / "run"
-  process = start(arguments(corpus, workdir))
+  process = start(arguments(corpus, workdir), cache)
   wait_for(workdir / "checkpoints" / str(kill_after), process)
   time.sleep(np.random.default_rng(kill_after).uniform(0, 0.2))     # anywhere in a step or a save
   process.send_signal(signal.SIGKILL)
   code, _, _ = finish(process)
   assert code == -signal.SIGKILL
-  code, out, err = finish(start(arguments(corpus, workdir)))
+  code, out, err = finish(start(arguments(corpus, workdir)))       # compiled anew
   assert code == 0, err
   assert "resumed at step" in out
   assert losses(workdir) == losses(uninterrupted)
@@ -106,9 +114,10 @@ def test_kill_9_and_resume_is_bit_exact(kill_after, corpus, uninterrupted, tmp_p
   assert state_bytes(workdir, 12) == state_bytes(uninterrupted, 12)
 
 
-def test_sigterm_saves_and_exits_with_0(corpus, uninterrupted, tmp_path):
+def test_sigterm_saves_and_exits_with_0(corpus, cache, uninterrupted, tmp_path):
   workdir = tmp_path / "run"
-  process = start(arguments(corpus, workdir, "train.checkpoint_every=0", "train.log_every=1"))
+  process = start(arguments(corpus, workdir, "train.checkpoint_every=0", "train.log_every=1"),
+                  cache)
   while "step 2/" not in (line := process.stdout.readline()):
     assert line or process.poll() is None, process.stderr.read()
   process.send_signal(signal.SIGTERM)
@@ -117,13 +126,13 @@ def test_sigterm_saves_and_exits_with_0(corpus, uninterrupted, tmp_path):
   saved = Checkpoints(workdir / "checkpoints", read_only=True).steps()
   if 12 not in saved:                       # it was in time to stop the run
     assert f"stopped by SIGTERM at step {saved[0]}, which is saved" in out
-  code, _, err = finish(start(arguments(corpus, workdir, "train.checkpoint_every=0")))
+  code, _, err = finish(start(arguments(corpus, workdir, "train.checkpoint_every=0"), cache))
   assert code == 0, err
   assert state_bytes(workdir, 12) == state_bytes(uninterrupted, 12)
   assert losses(workdir) == losses(uninterrupted)
 
 
-def test_a_flipped_bit_falls_back_and_says_so(corpus, uninterrupted, tmp_path):
+def test_a_flipped_bit_falls_back_and_says_so(corpus, cache, uninterrupted, tmp_path):
   """On the run's own checkpoint; every file and many bits are tried in test_checkpoint.py."""
   workdir = tmp_path / "run"
   shutil.copytree(uninterrupted, workdir)
@@ -133,7 +142,7 @@ def test_a_flipped_bit_falls_back_and_says_so(corpus, uninterrupted, tmp_path):
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
   largest.write_bytes(content)
-  code, out, err = finish(start(arguments(corpus, workdir)))
+  code, out, err = finish(start(arguments(corpus, workdir), cache))
   assert code == 0, err
   assert "warning: checkpoint 12 rejected" in err
   assert "resumed at step 9" in out
