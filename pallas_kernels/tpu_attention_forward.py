@@ -203,22 +203,22 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
     operands.append(sinks)
     in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
 
+  # One array for the picked blocks and the bits of lse: every output of a kernel costs scalar work
+  # in every grid step.
+  notes = num_blocks + G
   out_shape = [jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
-               jax.ShapeDtypeStruct((B, K, parts, tiles.heads, T), jnp.float32)]
-  out_specs = [heads_spec, pl.BlockSpec((1, 1, 1, tiles.heads, tiles.queries),
-                                        lambda b, h, i, s, j, bounds: (b, h, s, 0, i))]
+               jax.ShapeDtypeStruct((B, K, notes, T), jnp.int32)]
+  out_specs = [heads_spec, pl.BlockSpec((1, 1, notes, tiles.queries),
+                                        lambda b, h, i, s, j, bounds: (b, h, 0, i))]
   scratch = [pltpu.VMEM((tiles.heads, 1, tiles.queries), jnp.float32)] * 2
   scratch.append(pltpu.VMEM((tiles.heads, H, tiles.queries), jnp.float32))
   if num_blocks:
-    out_shape.append(jax.ShapeDtypeStruct((B, K, num_blocks, T), jnp.int32))
-    out_specs.append(pl.BlockSpec((1, 1, num_blocks, tiles.queries),
-                                  lambda b, h, i, s, j, bounds: (b, h, 0, i)))
     rows = -(-T // block_size // tpu_block_picks.ROWS) * tpu_block_picks.ROWS
     scratch.append(pltpu.VMEM((tiles.heads, rows, tiles.queries), jnp.float32))
     if parts > 1:
       scratch.append(pltpu.VMEM((rows, tiles.queries), jnp.float32))
 
-  outs = pl.pallas_call(
+  out, notes = pl.pallas_call(
     functools.partial(
       _kernel, tiles=tiles, scale=scale, window=window, parts=parts,
       block_size=block_size, num_blocks=num_blocks, segmented=segment_ids is not None,
@@ -233,8 +233,9 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
     interpret=interpret,
     name="oracle_attention_forward" if num_blocks else "attention_forward",
   )(bounds, *operands)
-  out, lse = outs[:2]
-  return (out.reshape(B, T, N, H), lse.reshape(B, N, T), outs[2] if num_blocks else None)
+  lse = lax.bitcast_convert_type(notes[:, :, num_blocks:], jnp.float32)
+  return (out.reshape(B, T, N, H), lse.reshape(B, N, T),
+          notes[:, :, :num_blocks] if num_blocks else None)
 
 
 def _kernel(bounds_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
@@ -242,9 +243,7 @@ def _kernel(bounds_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
   refs = list(refs)
   query_segments_ref, key_segments_ref = (refs.pop(0), refs.pop(0)) if segmented else (None, None)
   sinks_ref = refs.pop(0) if sunk else None
-  out_ref, lse_ref = refs.pop(0), refs.pop(0)
-  picked_ref = refs.pop(0) if num_blocks else None
-  max_s, sum_s, acc_s, *maxima = refs
+  out_ref, notes_ref, max_s, sum_s, acc_s, *maxima = refs
   H = k_ref.shape[2]
   b, h, i, part, step = (pl.program_id(a) for a in range(5))
   first, last = bounds_ref[0, b, i], last_key_tile(i, tiles)
@@ -323,7 +322,8 @@ def _kernel(bounds_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
       total = sum_s[g]
       seen = total > 0
       lses.append(jnp.where(seen, max_s[g] + jnp.log2(jnp.where(seen, total, 1.0)), 0.0))
-      lse_ref[0, 0, 0, pl.ds(g, 1), :] = lses[g] / LOG2E
+      notes_ref[0, 0, pl.ds(num_blocks + part * tiles.heads + g, 1), :] = (
+        lax.bitcast_convert_type(lses[g] / LOG2E, jnp.int32))
       out = acc_s[g] / jnp.where(seen, total, 1.0)
       out_ref[0, :, lanes(g)] = out.T.astype(out_ref.dtype)
     if not num_blocks:
@@ -334,4 +334,4 @@ def _kernel(bounds_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
     tpu_block_picks.group_scores(maxima[0], lses, score_ref, *span,
                                  rest=None if parts == 1 else part > 0)
     pl.when(part == parts - 1)(
-      lambda: tpu_block_picks.pick(score_ref, picked_ref.at[0, 0], *span))
+      lambda: tpu_block_picks.pick(score_ref, notes_ref.at[0, 0, pl.ds(0, num_blocks)], *span))
