@@ -71,20 +71,17 @@ def forward_cost(shape, spans, kernel, tiles, *, window=None, num_blocks=0):
   loops = _loops(spans[matmuls[-1] + 1:])
   if loops and masked.depth > 1:
     loops = loops[1:]                                                   # its own end
-  full, edge, chunks, grid = 0, 0, 0, 0
+  full, edge, chunks = 0, 0, 0
   for i in range(tokens // tiles.queries):
     last = ((i + 1) * tiles.queries - 1) // tiles.keys
     first = 0 if window is None else max(i * tiles.queries - window + 1, 0) // tiles.keys
     whole = i * tiles.queries // tiles.keys if window is None else first
     full, edge = full + whole - first, edge + last + 1 - whole
     chunks += -(-(last + 1) * tiles.keys // shape.block_size // tpu_block_picks.ROWS)
-    steps = tokens // tiles.keys
-    if window is not None:
-      steps = min(steps, (tiles.queries + window - 2) // tiles.keys + 2)
-    grid += steps
   tiles_count = tokens // tiles.queries
-  bundles = parts * (full * per_step(hot) + edge * per_step(masked) + grid * overhead
-                     + tiles_count * once)
+  rows, steps = tpu_attention_forward.Walk(tiles, tiles_count, parts, window).grid()
+  bundles = rows * steps * overhead + parts * (
+    full * per_step(hot) + edge * per_step(masked) + tiles_count * once)
   selection = 0
   if num_blocks:
     scores, picks, ascending = loops

@@ -6,7 +6,7 @@ sum is a plain row, and blocks are picked for 128 queries at once. The block max
 stay in VMEM until the last key; no score ever reaches HBM.
 
 q, k, v and out keep their [B,T,heads,H] order: a tile of a head is a slice of lanes. Logits are in
-units of log 2. Grid: (B, K, query tile, part of the group, key tile), keys innermost.
+units of log 2. Grid: (B, K, rows of equal length, steps): see `Walk`.
 """
 
 import dataclasses
@@ -101,6 +101,59 @@ def first_diagonal_tile(query_tile, tiles):
   return query_tile * tiles.queries // tiles.keys
 
 
+@dataclasses.dataclass(frozen=True)
+class Walk:
+  """Which tiles a grid step (row, step) is about.
+
+  A row of the grid is two query tiles, one from either end of the sequence: together they see as
+  many key tiles as any other two, so that no step of a causal grid is idle. (With an odd number
+  of tiles the last one has a row of its own.) Under a window each tile has a row.
+
+  Attributes:
+    tiles: `ForwardTiles`.
+    num_tiles: query tiles.
+    parts: of the group, each of which sweeps over a tile's keys.
+    window: tokens, or None.
+  """
+
+  tiles: ForwardTiles
+  num_tiles: int
+  parts: int
+  window: int | None
+
+  def grid(self):
+    """(rows, steps)."""
+    if self.window is not None:
+      return self.num_tiles, self.parts * self.sweep(None)
+    rows = -(-self.num_tiles // 2)
+    return rows, self.parts * max(
+      sum(-(-(i + 1) * self.tiles.queries // self.tiles.keys) for i in self._pair(row))
+      for row in range(rows))
+
+  def _pair(self, row):
+    """Two query tiles, the first of which may be -1."""
+    return row - self.num_tiles % 2, self.num_tiles - 1 - row
+
+  def sweep(self, query_tile):
+    """Key tiles that one part of a query tile steps over: all it may see, and no fewer."""
+    if self.window is None:
+      return lax.div((query_tile + 1) * self.tiles.queries + (self.tiles.keys - 1), self.tiles.keys)
+    return min(self.num_tiles * self.tiles.queries // self.tiles.keys,
+               (self.tiles.queries + self.window - 2) // self.tiles.keys + 2)
+
+  def at(self, row, step):
+    """(query tile, part, which step of the sweep over its keys)."""
+    i = row
+    if self.window is None:
+      early, late = self._pair(row)
+      begin = self.parts * self.sweep(early)
+      i = jnp.where(step >= begin, late, early)
+      step = jnp.where(step >= begin, step - begin, step)
+    sweep = self.sweep(i)
+    part = sum(((step >= n * sweep).astype(jnp.int32) for n in range(1, self.parts)), jnp.int32(0))
+    return i, part, step - part * sweep
+
+
 def key_tile_bounds(batch, tokens, tiles, window, segment_ids):
   """i32 [2, B, query tiles]: the first key tile to visit, and the first that needs no mask.
 
@@ -178,27 +231,32 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
   K = k.shape[2]
   G = N // K
   parts = G // tiles.heads
-  num_key_tiles = T // tiles.keys
-  steps = num_key_tiles
-  if window is not None:
-    steps = min(steps, (tiles.queries + window - 2) // tiles.keys + 2)
+  walk = Walk(tiles, T // tiles.queries, parts, window)
   bounds = key_tile_bounds(B, T, tiles, window, segment_ids)
 
-  def key_tile(b, i, j, bounds):
-    return jnp.minimum(bounds[0, b, i] + j, last_key_tile(i, tiles))
+  def key_tile(b, row, step, bounds):
+    i, _, step = walk.at(row, step)
+    return jnp.minimum(bounds[0, b, i] + step, last_key_tile(i, tiles))
 
-  heads_spec = pl.BlockSpec((1, tiles.queries, tiles.heads * H),
-                            lambda b, h, i, s, j, bounds: (b, i, h * parts + s))
-  key_spec = pl.BlockSpec((1, tiles.keys, H),
-                          lambda b, h, i, s, j, bounds: (b, key_tile(b, i, j, bounds), h))
+  def query_tile(row, step):
+    return walk.at(row, step)[0]
+
+  def heads_at(b, h, row, step, bounds):
+    i, part, _ = walk.at(row, step)
+    return b, i, h * parts + part
+
+  heads_spec = pl.BlockSpec((1, tiles.queries, tiles.heads * H), heads_at)
+  key_spec = pl.BlockSpec((1, tiles.keys, H), lambda b, h, row, step, bounds: (
+    b, key_tile(b, row, step, bounds), h))
   operands = [q.reshape(B, T, N * H), k.reshape(B, T, K * H), v.reshape(B, T, K * H)]
   in_specs = [heads_spec, key_spec, key_spec]
   if segment_ids is not None:
     operands += [segment_ids[:, None], segment_ids[:, None]]
     in_specs += [
-      pl.BlockSpec((1, 1, tiles.queries), lambda b, h, i, s, j, bounds: (b, 0, i)),
-      pl.BlockSpec((1, 1, tiles.keys),
-                   lambda b, h, i, s, j, bounds: (b, 0, key_tile(b, i, j, bounds)))]
+      pl.BlockSpec((1, 1, tiles.queries), lambda b, h, row, step, bounds: (
+        b, 0, query_tile(row, step))),
+      pl.BlockSpec((1, 1, tiles.keys), lambda b, h, row, step, bounds: (
+        b, 0, key_tile(b, row, step, bounds)))]
   if sinks is not None:
     operands.append(sinks)
     in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
@@ -208,8 +266,9 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
   notes = num_blocks + G
   out_shape = [jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
                jax.ShapeDtypeStruct((B, K, notes, T), jnp.int32)]
-  out_specs = [heads_spec, pl.BlockSpec((1, 1, notes, tiles.queries),
-                                        lambda b, h, i, s, j, bounds: (b, h, 0, i))]
+  out_specs = [heads_spec, pl.BlockSpec(
+    (1, 1, notes, tiles.queries),
+    lambda b, h, row, step, bounds: (b, h, 0, query_tile(row, step)))]
   scratch = [pltpu.VMEM((tiles.heads, 1, tiles.queries), jnp.float32)] * 2
   scratch.append(pltpu.VMEM((tiles.heads, H, tiles.queries), jnp.float32))
   if num_blocks:
@@ -220,15 +279,14 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
 
   out, notes = pl.pallas_call(
     functools.partial(
-      _kernel, tiles=tiles, scale=scale, window=window, parts=parts,
-      block_size=block_size, num_blocks=num_blocks, segmented=segment_ids is not None,
-      sunk=sinks is not None),
+      _kernel, walk=walk, scale=scale, block_size=block_size, num_blocks=num_blocks,
+      segmented=segment_ids is not None, sunk=sinks is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=1, grid=(B, K, T // tiles.queries, parts, steps),
+      num_scalar_prefetch=1, grid=(B, K, *walk.grid()),
       in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch),
     out_shape=out_shape,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
+      dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=tpu.vmem_limit()),
     interpret=interpret,
     name="oracle_attention_forward" if num_blocks else "attention_forward",
@@ -238,14 +296,15 @@ def forward(q, k, v, *, scale, tiles, segment_ids=None, sinks=None, window=None,
           notes[:, :, :num_blocks] if num_blocks else None)
 
 
-def _kernel(bounds_ref, q_ref, k_ref, v_ref, *refs, tiles, scale, window, parts,
-            block_size, num_blocks, segmented, sunk):
-  refs = list(refs)
+def _kernel(bounds_ref, q_ref, k_ref, v_ref, *refs, walk, scale, block_size, num_blocks, segmented,
+            sunk):
+  tiles, parts, window, refs = walk.tiles, walk.parts, walk.window, list(refs)
   query_segments_ref, key_segments_ref = (refs.pop(0), refs.pop(0)) if segmented else (None, None)
   sinks_ref = refs.pop(0) if sunk else None
   out_ref, notes_ref, max_s, sum_s, acc_s, *maxima = refs
   H = k_ref.shape[2]
-  b, h, i, part, step = (pl.program_id(a) for a in range(5))
+  b, h = pl.program_id(0), pl.program_id(1)
+  i, part, step = walk.at(pl.program_id(2), pl.program_id(3))
   first, last = bounds_ref[0, b, i], last_key_tile(i, tiles)
   j = first + step
   lanes = lambda g: pl.ds(g * H if isinstance(g, int) else pl.multiple_of(g * H, H), H)

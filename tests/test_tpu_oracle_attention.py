@@ -1,6 +1,7 @@
 """`oracle_attention` on TPU against the reference, in strict TPU interpret mode."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,32 @@ def test_key_tile_bounds(seed):
   windowed = np.asarray(tpu_attention_forward.key_tile_bounds(2, 1024, tiles, 200, None))[0]
   np.testing.assert_array_equal(
     windowed, np.tile([max(i * 128 - 199, 0) // tiles.keys for i in range(8)], (2, 1)))
+
+
+@pytest.mark.parametrize("queries, keys, num_tiles, parts, window", [
+  (128, 256, 6, 1, None), (128, 128, 5, 3, None), (256, 128, 1, 2, None), (128, 512, 8, 4, None),
+  (128, 128, 5, 2, 200), (256, 128, 3, 1, 1)])
+def test_every_tile_is_walked_once(queries, keys, num_tiles, parts, window):
+  """In one run of steps for each tile, part by part, from its first key tile to its last."""
+  tiles = tpu_interpret.ForwardTiles(queries, keys, piece=keys)
+  walk = tpu_attention_forward.Walk(tiles, num_tiles, parts, window)
+  rows, steps = walk.grid()
+  bounds = np.asarray(tpu_attention_forward.key_tile_bounds(
+    1, num_tiles * queries, tiles, window, None))[0, 0]
+  seen = []
+  for row in range(rows):
+    found = walk.at(jnp.full(steps, row), jnp.arange(steps))
+    i, part, step = (np.broadcast_to(x, steps) for x in found)
+    j = bounds[i] + step
+    live = j <= tpu_attention_forward.last_key_tile(i, tiles)
+    assert live.all() or window is not None or num_tiles % 2        # else no step is idle
+    seen += np.stack([i, part, j], 1)[live].tolist()
+  runs = {i: [(part, j) for tile, part, j in seen if tile == i] for i in range(num_tiles)}
+  assert [i for i, _ in itertools.groupby(seen, key=lambda x: x[0])] == list(
+    dict.fromkeys(i for i, _, _ in seen))
+  for i, run in runs.items():
+    last = ((i + 1) * queries - 1) // keys
+    assert run == [(part, j) for part in range(parts) for j in range(bounds[i], last + 1)]
 
 
 def test_no_blocks_is_plain_causal_attention():
