@@ -28,7 +28,7 @@ from pallas_kernels import named_shapes, tpu
 
 OPS = ("oracle_attention", "block_sparse_attention", "sliding_window_attention",
        "hybrid_sparse_attention", "index_plan")
-COUNTED = OPS[:3]       # the hybrid op's kernel is the block-sparse one, with an ending of its own
+COUNTED = OPS[:4]
 UNSELECTIVE = ("oracle_attention", "sliding_window_attention")   # take no picks
 PASSES = {"gpu": ("fwd", "fwd_bwd"), "tpu": ("fwd", "fwd_bwd"), "tpu_static": ("fwd", "bwd")}
 KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
@@ -191,27 +191,49 @@ def bench(platform, shape_name, ops, names, passes, emit):
 def count(op, shape_name, generation, which, peers):
   """Rows of `tpu_cost` or `tpu_sparse_cost`, with their ratios to the kernels they stand beside.
 
-  peers: {(op, shape, generation): row} counted so far; grows.
+  peer_ms, speedup: dense splash attention's, forward with residuals or its two backward kernels.
+  The oracle's forward has too: over_no_maxima and over_splash, its bundles over those of the same
+  kernel without maxima and selection and over splash's; step_over_no_maxima and step_over_splash,
+  the same of one step, by FLOPs.
+
+  peers: {(op, shape, generation, pass): row} counted so far; grows.
   """
   from experiments import tpu_cost, tpu_sparse_cost
 
-  def estimated(peer):
-    key = peer, shape_name, generation
-    if key not in peers:
-      peers[key] = tpu_cost.row(*key, "fwd")
-    return peers[key]["estimated_ms"]
+  if (op, which) == ("hybrid_sparse_attention", "bwd"):
+    return                  # the backward kernels of the two ops before it, which have their rows
 
-  if op == "block_sparse_attention":
-    counted = tpu_sparse_cost.rows(op, shape_name, generation, which)
-  else:
+  def beside(peer):
+    key = peer, shape_name, generation, which
+    if key not in peers:
+      peers[key] = tpu_cost.row(*key)
+    return peers[key]
+
+  if op in UNSELECTIVE:
     counted = [tpu_cost.row(op, shape_name, generation, which)]
+  else:
+    counted = tpu_sparse_cost.rows(op, shape_name, generation, which)
+  splash = beside("splash_attention")
   for row in counted:
-    if which == "fwd":
-      splash = estimated("splash_attention")
-      row |= {"peer": "splash", "peer_ms": splash, "speedup": splash / row["estimated_ms"]}
-      if op == "oracle_attention":
-        row |= {"cost_of_choosing": row["estimated_ms"] / estimated("causal_attention")}
+    row |= {"peer": "splash", "peer_ms": splash["estimated_ms"],
+            "speedup": splash["estimated_ms"] / row["estimated_ms"]}
+    if (op, which) == ("oracle_attention", "fwd"):
+      for name, peer in (("no_maxima", beside("causal_attention")), ("splash", splash)):
+        row |= {f"over_{name}": row["bundles"] / peer["bundles"],
+                f"step_over_{name}": peer["mxu_share"] / row["mxu_share"]}
     yield row
+
+
+def counted_line(row):
+  """A row of `count` for people."""
+  line = (f"{row['op']:24} {row['shape']:8} {row.get('selection', ''):8} {row['generation']} "
+          f"{row['pass']}{row['bundles_per_step']:6} bundles a step,{100 * row['mxu_share']:4.0f}"
+          f" % of the MXU floor,{row['estimated_ms']:8.2f} ms estimated,"
+          f"{row['speedup']:6.2f}x splash")
+  if "over_no_maxima" in row:
+    line += (f"; bundles {row['over_no_maxima']:.3f} of without maxima, "
+             f"{row['over_splash']:.3f} of splash with residuals")
+  return line
 
 
 def main(argv):
@@ -234,11 +256,7 @@ def main(argv):
         for op in _OP.value:
           for which in passes:
             for row in count(op, shape_name, generation, which, peers):
-              rows.emit(row, f"{op:26} {shape_name:8} {row.get('selection', ''):9} {generation:4} "
-                             f"{which:4}{row['bundles_per_step']:7} bundles a step"
-                             f"{100 * row['mxu_share']:6.1f} % of the MXU floor"
-                             f"{row['estimated_ms']:9.2f} ms estimated"
-                             f"{row.get('speedup', 0):7.2f}x splash", device=None)
+              rows.emit(row, counted_line(row), device=None)
     return
   if jax.default_backend() != platform:
     raise UserError(f"--platform={platform}: found {jax.default_backend()}")

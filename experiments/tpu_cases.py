@@ -60,7 +60,7 @@ def _block_sparse(shape, dtype, dense=None):
   return op, (*_qkv(shape, dtype), _sinks(shape))
 
 
-def _hybrid(shape, dtype):
+def _hybrid(shape, dtype, dense=None):
   """Elementwise gates, and sinks in both branches."""
   def op(q, k, v, k_local, v_local, gate_sparse, gate_local, sinks_sparse, sinks_local,
          segment_ids=None):
@@ -68,7 +68,7 @@ def _hybrid(shape, dtype):
     return hybrid_tpu.hybrid_sparse_attention(
       q, k, v, indices, k_local, v_local, gate_sparse, gate_local, sinks_sparse=sinks_sparse,
       sinks_local=sinks_local, block_size=shape.block_size, window=shape.window,
-      segment_ids=segment_ids, plan=plan)
+      segment_ids=segment_ids, plan=plan, options=sparse_tpu.Options(dense=dense))
   q, k, v = _qkv(shape, dtype)
   gate = jax.ShapeDtypeStruct((*q.shape[:3], shape.v_dim), dtype)
   return op, (q, k, v, k, v, gate, gate, _sinks(shape), _sinks(shape))
@@ -85,19 +85,19 @@ def _block_sparse_plan(shape, dtype):
 
 
 def _splash(shape, dtype):
-  """The public peer: causal splash attention with its log-sum-exp, forward only, B=1."""
+  """The public peer: causal splash attention, B=1; under a vjp its forward saves the lse."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   def op(q, k, v):
     mask = masks.MultiHeadMask(
       [masks.CausalMask((shape.tokens, shape.tokens)) for _ in range(shape.num_heads)])
-    sizes = splash.BlockSizes(block_q=512, block_kv=1024, block_kv_compute=1024)
-    kernel = splash.make_splash_mha_single_device(
-      mask, block_sizes=sizes, save_residuals=True)
+    sizes = splash.BlockSizes(
+      block_q=512, block_kv=1024, block_kv_compute=1024, block_q_dkv=512, block_kv_dkv=1024,
+      block_kv_dkv_compute=1024, block_q_dq=512, block_kv_dq=1024)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
     by_head = lambda x: x[0].swapaxes(0, 1)
-    out, (lse,) = kernel(by_head(q), by_head(k), by_head(v))
-    return out, lse
+    return kernel(by_head(q), by_head(k), by_head(v)).swapaxes(0, 1)[None]
   return op, _qkv(shape, dtype)
 
 
@@ -109,6 +109,7 @@ CASES = {
   "block_sparse_attention_dense": functools.partial(_block_sparse, dense=True),
   "block_sparse_plan": _block_sparse_plan,
   "hybrid_sparse_attention": _hybrid,
+  "hybrid_sparse_attention_lists": functools.partial(_hybrid, dense=False),
   "splash_attention": _splash,
 }
 

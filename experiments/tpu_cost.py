@@ -165,16 +165,44 @@ def _window(shape, which, spans_of, generation):
                     window=shape.window)
 
 
+def splash_cost(shape, spans, tiles, matmuls, resident_tiles):
+  """`Cost` of one of splash attention's kernels over the causal tiles, idle grid steps included.
+
+  Args:
+    spans: in address order.
+    tiles: has `.queries` and `.keys`.
+    matmuls: products of a step.
+    resident_tiles: how often, over all heads, a result is begun and written.
+  """
+  hot = max(spans, key=lambda s: s.units["MXU"])
+  scalar = _sum(s for s in spans if not _is_vector(s))
+  once = _sum(s for s in spans if _is_vector(s) and s is not hot)
+  tokens = shape.tokens
+  heads = shape.batch * shape.num_heads
+  steps = heads * sum(
+    ((i + 1) * tiles.queries - 1) // tiles.keys + 1 for i in range(tokens // tiles.queries))
+  grid = heads * (tokens // tiles.queries) * (tokens // tiles.keys)
+  return Cost("", hot.bundles, steps, 2 * matmuls * tiles.queries * tiles.keys * shape.head_dim,
+              hot.share["MXU"], steps * hot.bundles + grid * scalar + resident_tiles * once)
+
+
 def _splash(shape, which, spans_of, generation):
-  """Only its hot span: what a step of one head costs."""
-  kernel, tiles = "splash_mha_fwd_residuals", tpu_attention_forward.ForwardTiles()
-  if which != "fwd":
-    raise ValueError("splash_attention: only its forward pass with residuals is counted")
-  hot = max(spans_of(kernel), key=lambda s: s.units["MXU"])
-  steps = shape.num_heads * sum(
-    ((i + 1) * tiles.queries - 1) // tiles.keys + 1 for i in range(shape.tokens // tiles.queries))
-  return Cost(kernel, hot.bundles, steps, 4 * tiles.queries * tiles.keys * shape.head_dim,
-              hot.share["MXU"], steps * hot.bundles)
+  """Forward with residuals, or its two backward kernels together; bundles per step of one head."""
+  del generation
+  tiles, heads = tpu_attention_forward.ForwardTiles(), shape.batch * shape.num_heads
+  query_tiles = heads * (shape.tokens // tiles.queries)
+  if which == "fwd":
+    kernel = "splash_mha_fwd_residuals"
+    return dataclasses.replace(
+      splash_cost(shape, spans_of(kernel), tiles, 2, query_tiles), kernel=kernel)
+  key_tiles = shape.batch * shape.num_kv_heads * (shape.tokens // tiles.keys)
+  kernels = "splash_mha_dkv_no_residuals", "splash_mha_dq_no_residuals"
+  dkv = splash_cost(shape, spans_of(kernels[0]), tiles, 4, key_tiles)
+  dq = splash_cost(shape, spans_of(kernels[1]), tiles, 3, query_tiles)
+  step = dkv.bundles_per_step + dq.bundles_per_step
+  busy = (dkv.mxu_busy * dkv.bundles_per_step + dq.mxu_busy * dq.bundles_per_step) / step
+  return Cost(kernels[0], step, dkv.steps, dkv.flops_per_step + dq.flops_per_step, busy,
+              dkv.bundles + dq.bundles)
 
 
 COSTS = {"oracle_attention": _oracle, "causal_attention": _causal,
@@ -194,10 +222,11 @@ def row(op, shape_name, generation, which):
     A dict: op, shape, generation, pass, impl, bundles_per_step, steps, mxu_floor_bundles (a step's
     FLOPs at the published peak), mxu_share (floor over bundles), mxu_busy, selection_share, bundles
     (all, of one core), estimated_ms, vmem_bytes (windows and scratch), temp_bytes (of HBM;
-    for "bwd" of forward and backward together).
+    for "bwd", and for splash attention, of forward and backward together).
   """
   shape, facts = PAPER[shape_name], tpu.GENERATIONS[generation]
-  fn, arrays = tpu_cases.case(op, shape, "fwd" if which == "fwd" else "fwd_bwd")
+  alone = which == "fwd" and op != "splash_attention"      # whose lse is saved under a vjp only
+  fn, arrays = tpu_cases.case(op, shape, "fwd" if alone else "fwd_bwd")
   directory, memory = tpu_static.dump(generation, fn, *arrays)
   try:
     cost = COSTS[op](shape, which, lambda kernel: tpu_static.spans(directory, kernel), generation)

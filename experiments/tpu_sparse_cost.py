@@ -8,49 +8,63 @@ steps, so a tile of mean union U takes (U + (n - 1) / 2) / n of them.
 """
 
 import functools
+import math
 import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from experiments import tpu_cases, tpu_static
+from experiments import selections, tpu_cases, tpu_static
 from pallas_kernels import tpu
 from pallas_kernels.block_sparse_attention import mosaic_tpu, tpu_plan
+from pallas_kernels.hybrid_sparse_attention import mosaic_tpu as hybrid_tpu
 from pallas_kernels.named_shapes import PAPER
 
-# Mean union of a tile of 32 tokens (G=4) and of 8 (G=16), picks of 16 blocks: of selections
-# recorded from a trained model, and of a walk that replaces one block a token.
-UNIONS = {"trace": {4: 71, 16: 40}, "walk r=1": {4: 42, 16: 22}}
+ROWS = 128                                       # of a tile: tokens x heads of a group
 _KERNELS = {"fwd": ("block_sparse_forward", 2), "bwd": ("block_sparse_backward", 5)}
 
 
-def count(spans, shape, which, union, config, matmuls):
-  """{bundles_per_step, steps, ...} of one kernel at one shape, all heads, all cores together.
+@functools.cache
+def mean_union(selection, shape):
+  """Mean number of blocks that the tokens of a tile picked together."""
+  tile = ROWS // tpu_plan.padded_group(shape.num_heads // shape.num_kv_heads)
+  picks = selections.selection(selection, shape.num_kv_heads, shape.tokens)
+  picks = np.sort(picks.reshape(shape.num_kv_heads, -1, tile * picks.shape[-1]), axis=-1)
+  new = np.diff(picks, axis=-1, prepend=-1) > 0          # pads are -1
+  return float(new.sum(-1).mean())
+
+
+def count(spans, shape, union, config, matmuls, together=1):
+  """{bundles_per_step, steps, ...} of one launch at one shape, all heads, all cores together.
 
   Args:
     spans: of `tpu_static.spans`, in address order.
     shape: `named_shapes.AttentionShape`.
-    which: "fwd" or "bwd".
-    union: mean blocks of a tile's list.
+    union: mean blocks of a tile's list that are in the launch's segment of the keys.
     config: the kernel's LoopConfig.
     matmuls: products of a (tile, block).
+    together: tiles whose ends are scheduled together.
   """
   group = tpu_plan.padded_group(shape.num_heads // shape.num_kv_heads)
-  rows, heads = 128, shape.batch * shape.num_kv_heads
-  tiles = heads * -(-shape.tokens * group // rows)
+  heads = shape.batch * shape.num_kv_heads
+  tiles = heads * -(-shape.tokens * group // ROWS)
   programs = tiles / config.tiles_per_program
   inner = [s for s in spans if s.depth > 1]
   body = max(inner, key=lambda s: s.units["MXU"])
   after = [s for s in spans if s.start > body.start]
   finish = max((s for s in after if s.depth > 1), key=lambda s: s.bundles, default=None)
-  finished = 0 if finish is None else finish.bundles
-  around = sum(s.bundles for s in spans if s.depth == 1 and s.units["MXU"] > 0)
+  finished = 0 if finish is None else finish.bundles / together
+  # Stores alone: the gradients of a head's keys and values set to 0. The rest is every program's.
+  straight = [s for s in spans if s.depth == 1]
+  clear = sum(s.bundles for s in straight if s.units["MXU"] == 0 and s.share["VSTORE"] > 0.9)
+  around = sum(s.bundles for s in straight) - clear
   per_step = body.bundles / config.steps_per_body
   steps = tiles * (union + (config.blocks_per_step - 1) / 2) / config.blocks_per_step
   ragged = programs * (config.steps_per_body - 1) / 2          # steps past the last list's end
-  bundles = (steps + ragged) * per_step + tiles * finished + programs * around
-  flops = 2 * matmuls * config.blocks_per_step * shape.block_size * rows * shape.head_dim
-  return {"bundles_per_step": per_step, "steps": round(steps), "flops_per_step": flops,
+  bundles = (steps + ragged) * per_step + tiles * finished + programs * around + heads * clear
+  flops = 2 * matmuls * config.blocks_per_step * shape.block_size * ROWS * shape.head_dim
+  return {"bundles_per_step": per_step, "steps": steps, "flops_per_step": flops,
           "mxu_busy": body.share["MXU"], "bundles": bundles,
           "useful_flops": tiles * union / config.blocks_per_step * flops}
 
@@ -74,52 +88,66 @@ def _run(shape, which, q, k, v, out, lse, dout):
                                "out": out, "lse": lse, "dout": dout}, scale, plan, options)
 
 
-def rows(op, shape_name, generation, which, unions=None):
+def rows(op, shape_name, generation, which, names=None):
   """Compiles the list kernel for one shape and generation and counts it, for several selections.
 
   Args:
-    op: "block_sparse_attention", whose kernels "hybrid_sparse_attention" shares.
+    op: "block_sparse_attention", or "hybrid_sparse_attention", whose forward is the same kernel
+      with both branches' ends (its backward is this op's kernel and the sliding window's).
     shape_name: a key of `named_shapes.PAPER`.
     generation: a key of `tpu.GENERATIONS`.
     which: "fwd" or "bwd".
-    unions: {selection: mean blocks of a tile's list}; None is `UNIONS` at the shape's group.
+    names: selections; None is `trace`, where it is recorded, and `walk r=1`.
 
   Returns:
-    A dict for each: op, shape, selection, generation, pass, impl, union, bundles_per_step, steps,
-    mxu_floor_bundles (a step's FLOPs at the published peak), mxu_share (floor over bundles),
-    mxu_busy (slots of the matrix units), whole_share (the union's FLOPs at peak over all bundles:
-    padding, starts and ends included), bundles (of one core), estimated_ms, vmem_bytes, temp_bytes.
+    A dict for each: op, shape, selection, generation, pass, impl, union, launches (segments of the
+    keys), bundles_per_step, steps, mxu_floor_bundles (a step's FLOPs at the published peak),
+    mxu_share (floor over bundles), mxu_busy (slots of the matrix units), whole_share (FLOPs of the
+    union, and of the window, at peak over all bundles: padding, starts and ends included), bundles
+    (of one core), estimated_ms, vmem_bytes, temp_bytes.
 
   Raises:
-    ValueError: another op.
+    ValueError: another op or pass.
   """
-  if op != "block_sparse_attention":
-    raise ValueError(f"op: got {op!r}, want 'block_sparse_attention'")
+  hybrid = op == "hybrid_sparse_attention"
+  if not hybrid and op != "block_sparse_attention":
+    raise ValueError(f"op: got {op!r}, want 'block_sparse_attention' or 'hybrid_sparse_attention'")
+  if hybrid and which != "fwd":
+    raise ValueError("hybrid_sparse_attention: only its forward pass is one kernel")
   shape, facts = PAPER[shape_name], tpu.GENERATIONS[generation]
-  if unions is None:
-    group = shape.num_heads // shape.num_kv_heads
-    unions = {name: mean[group] for name, mean in UNIONS.items()}
-  kernel, matmuls = _KERNELS[which]
-  directory, memory = tpu_static.dump(
-    generation, functools.partial(_run, shape, which), *_arrays(shape))
-  try:
-    spans, vmem = tpu_static.spans(directory, kernel), tpu_static.vmem_bytes(directory, kernel)
-  finally:
-    shutil.rmtree(directory)
+  if names is None:
+    names = ("trace", "walk r=1") if shape.tokens == 32_768 else ("walk r=1",)
   options = mosaic_tpu.Options()
   config = options.forward if which == "fwd" else options.backward
+  together = math.gcd(config.tiles_per_program, hybrid_tpu.WindowEpilogue.together) if hybrid else 1
+  kernel, matmuls = _KERNELS[which]
+  if hybrid:
+    case = tpu_cases.case("hybrid_sparse_attention_lists", shape, "fwd")
+  else:
+    case = functools.partial(_run, shape, which), _arrays(shape)
+  directory, memory = tpu_static.dump(generation, case[0], *case[1])
+  try:
+    launches = tpu_static.launches(directory, kernel)
+    spans = [tpu_static.spans(directory, name) for name in launches]
+    vmem = max(tpu_static.vmem_bytes(directory, name) for name in launches)
+  finally:
+    shutil.rmtree(directory)
   out = []
-  for selection, union in unions.items():
-    found = count(spans, shape, which, union, config, matmuls)
-    floor = found["flops_per_step"] / facts.flops_per_bundle
-    bundles = found["bundles"] / facts.cores
+  for selection in names:
+    union = mean_union(selection, shape)
+    found = [count(each, shape, union / len(spans), config, matmuls, together) for each in spans]
+    total = lambda field, found=found: sum(each[field] for each in found)
+    per_step = total("bundles_per_step") / len(found)
+    floor = found[0]["flops_per_step"] / facts.flops_per_bundle
+    bundles = total("bundles") / facts.cores
+    useful = total("useful_flops") * (1 + hybrid * shape.window / shape.block_size / union)
     out.append({
       "op": op, "shape": shape_name, "selection": selection, "generation": generation,
-      "pass": which, "impl": "mosaic_tpu", "union": union,
-      "bundles_per_step": round(found["bundles_per_step"]), "steps": found["steps"],
-      "mxu_floor_bundles": round(floor), "mxu_share": round(floor / found["bundles_per_step"], 3),
-      "mxu_busy": round(found["mxu_busy"], 3),
-      "whole_share": round(found["useful_flops"] / facts.flops_per_bundle / found["bundles"], 3),
+      "pass": which, "impl": "mosaic_tpu", "union": round(union, 1), "launches": len(found),
+      "bundles_per_step": round(per_step), "steps": round(total("steps")),
+      "mxu_floor_bundles": round(floor), "mxu_share": round(floor / per_step, 3),
+      "mxu_busy": round(total("mxu_busy") / len(found), 3),
+      "whole_share": round(useful / facts.flops_per_bundle / total("bundles"), 3),
       "bundles": round(bundles), "estimated_ms": round(bundles / facts.clock_hz * 1e3, 3),
       "vmem_bytes": vmem, "temp_bytes": memory["temp_bytes"]})
   return out

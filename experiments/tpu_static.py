@@ -73,6 +73,13 @@ def spans(directory, kernel, minimum=1):
   return found
 
 
+def launches(directory, kernel):
+  """Names, for `spans`, of the launches that a kernel is cut into: `kernel`, and `kernel`_part."""
+  found = [re.search(rf"\d-({re.escape(kernel)}(?:_part)?(?:\.\d+)*)-\d+-final_bundles.txt$", f)
+           for f in sorted(glob.glob(f"{directory}/*"))]
+  return [match.group(1) for match in found if match]
+
+
 def vmem_bytes(directory, kernel):
   """VMEM of a kernel's windows and scratch; spilled registers are not in it."""
   with open(_dumped(directory, kernel, "pre-finalize-registers-and-allocations.txt")) as file:

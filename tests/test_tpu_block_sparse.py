@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import tpu_sparse_cost, tpu_static
+from experiments import selections, tpu_sparse_cost, tpu_static
 from pallas_kernels import block_sparse_attention as op
 from pallas_kernels.block_sparse_attention import mosaic_tpu, reference, tpu_plan
 from pallas_kernels.block_sparse_attention.mosaic_tpu import LoopConfig, Options
@@ -181,15 +181,25 @@ def test_wide_unions_go_dense_where_that_is_cheaper(monkeypatch, generation, pic
 
 def test_counted_bundles_of_a_launch():
   """Hand-counted: 2 heads x 4 tiles of 32 tokens, lists of 6.5 blocks in steps of 4, 2 a body."""
-  def span(start, bundles, depth, mxu):
-    return tpu_static.Span(start, bundles, depth, {"MXU": mxu}, {"MXU": mxu / bundles})
-  spans = [span(0, 30, 1, 0), span(30, 100, 1, 9), span(130, 600, 2, 500), span(730, 50, 2, 0)]
+  def span(start, bundles, depth, mxu, stores=0.0):
+    return tpu_static.Span(start, bundles, depth, {"MXU": mxu},
+                           {"MXU": mxu / bundles, "VSTORE": stores})
+  spans = [span(0, 30, 1, 0), span(30, 70, 1, 0, 1.0), span(100, 100, 1, 9),
+           span(200, 600, 2, 500), span(800, 50, 2, 0)]
   shape = AttentionShape(tokens=128, num_heads=8, num_kv_heads=2, head_dim=128)
-  got = tpu_sparse_cost.count(spans, shape, "fwd", 6.5, LoopConfig(4, 2, 4), 2)
+  got = tpu_sparse_cost.count(spans, shape, 6.5, LoopConfig(4, 2, 4), 2, together=2)
   assert got["bundles_per_step"] == 300 and got["steps"] == 16
-  # 16 steps and half a step for each of the 2 programs; 8 tiles finished; 2 programs started.
-  assert got["bundles"] == 17 * 300 + 8 * 50 + 2 * 100
+  # 16 steps and half a step for each of the 2 programs; 8 tiles finished two by two; 2 programs
+  # started; 2 heads' sums cleared.
+  assert got["bundles"] == 17 * 300 + 4 * 50 + 2 * 130 + 2 * 70
   assert got["flops_per_step"] == 2 * 2 * 4 * 64 * 128 * 128
+
+
+def test_mean_union_is_the_plans():
+  shape = AttentionShape(tokens=4096, num_heads=8, num_kv_heads=2)
+  picks = selections.selection("walk r=1", 2, 4096)
+  plan = tpu_plan.make_plan(jnp.asarray(picks)[None], 4)
+  assert tpu_sparse_cost.mean_union("walk r=1", shape) == pytest.approx(float(plan.counts.mean()))
 
 
 @pytest.mark.parametrize("change, named", [
