@@ -16,11 +16,12 @@ JAX_VERSION = tuple(int(x) for x in jax.__version__.split(".")[:3])
 InterpretGPUParams = getattr(plgpu, "InterpretGPUParams", _interpret_params.InterpretGPUParams)
 
 
-def tpu_races_found():
-  """Whether the last kernel run in TPU interpret mode had a data race; no public way yet."""
+def tpu_interpreter():
+  """The private module of TPU interpret mode: it makes a `RaceDetectionState` for each kernel run,
+  whose `races_found` has no public name yet.
+  """
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-  races = interpret_pallas_call.races
-  return races is not None and races.races_found
+  return interpret_pallas_call
 
 
 def cast(x, layout, interpret=None):

@@ -60,10 +60,13 @@ COMPILER_ENVIRONMENT = {
 }
 
 
-def interpret_params():
-  """TPU interpret mode on CPU at its strictest: NaN memory, no stray read, race detection."""
-  return pltpu.InterpretParams(
-    uninitialized_memory="nan", out_of_bounds_reads="raise", detect_races=True)
+def interpret_params(cores=1):
+  """TPU interpret mode on CPU at its strictest: NaN memory, no stray read, race detection.
+
+  cores: TensorCores of the simulated device, among which parallel grid axes are divided.
+  """
+  return pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise",
+                               detect_races=True, num_cores_or_threads=cores)
 
 
 def vmem_bytes():

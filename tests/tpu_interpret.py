@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels import compat, tpu, tpu_attention
 from pallas_kernels.tpu_attention_backward import BackwardTiles
@@ -10,6 +11,7 @@ from pallas_kernels.tpu_attention_forward import ForwardTiles
 from tests.tolerances import assert_close
 
 INTERPRET = tpu.interpret_params()
+TWO_CORES = tpu.interpret_params(cores=2)      # as a v5p has
 
 
 def small_tiles(monkeypatch, queries=128, keys=128, chunk=256, heads=2):
@@ -19,8 +21,23 @@ def small_tiles(monkeypatch, queries=128, keys=128, chunk=256, heads=2):
                       BackwardTiles(queries, queries, chunk, heads))
 
 
-def no_races():
-  assert not compat.tpu_races_found()
+@pytest.fixture(autouse=True)
+def race_detectors(monkeypatch):
+  """The race detector of every kernel that a test runs; a race in any of them fails the test.
+
+  JAX keeps the last kernel's alone, which would say nothing of a forward kernel once a backward
+  kernel has run. Autouse in every test module that imports it.
+  """
+  interpreter, detectors = compat.tpu_interpreter(), []
+  make = interpreter.RaceDetectionState
+
+  def keep(**options):
+    detectors.append(make(**options))
+    return detectors[-1]
+
+  monkeypatch.setattr(interpreter, "RaceDetectionState", keep)
+  yield detectors
+  assert not any(detector.races_found for detector in detectors)
 
 
 def value_and_grads(op, inputs, cotangent):
