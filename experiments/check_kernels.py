@@ -19,6 +19,7 @@ from absl import flags
 
 import pallas_kernels
 from experiments import cli
+from hysparse_jax.errors import UserError
 from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.masked_attention import masked_attention
 from pallas_kernels.named_shapes import AttentionShape
@@ -32,6 +33,8 @@ OPS = ("oracle_attention", "block_sparse_attention", "sliding_window_attention",
        "hybrid_sparse_attention")
 LIMIT = 1e-2      # ||x - ref|| / ||ref||; operands, probabilities and result have 8 bits each
 TIE = 2e-5        # log weights closer than this are one value in float32
+
+PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu", "triton": "gpu"}
 
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Of the ops; None: the platform's.")
 
@@ -135,6 +138,9 @@ def _relative(got, want) -> float:
 def main(argv):
   """Checks every op at every shape, with and without segments."""
   del argv
+  needed, found = PLATFORMS.get(_IMPLEMENTATION.value), jax.default_backend()
+  if needed not in (None, found):
+    raise UserError(f"--implementation={_IMPLEMENTATION.value} needs a {needed}, found {found}")
   failed = 0
   for name, shape in SHAPES.items():
     for op in OPS:

@@ -1,4 +1,6 @@
-"""The measured tables of README.md, made from `experiments/results/h200_kernels.jsonl`.
+"""The tables of README.md about kernels, made from two files in `experiments/results/`.
+
+h200_kernels.jsonl was measured; tpu_static.jsonl was counted from the TPU compiler's schedules.
 
     python -m experiments.readme_tables            prints them
     python -m experiments.readme_tables --write    puts them between the README's markers
@@ -16,38 +18,73 @@ from hysparse_jax.errors import UserError
 from pallas_kernels.named_shapes import PAPER
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ROWS = ROOT / "experiments" / "results" / "h200_kernels.jsonl"
+RESULTS = ROOT / "experiments" / "results"
 SELECTIONS = ("trace", "early", "walk r=0.5", "walk r=1", "walk r=2", "random")
 OPS = {"oracle_attention": "oracle, blocks chosen", "block_sparse_attention": "block-sparse",
        "hybrid_sparse_attention": "sparse layer"}
 
+COUNTED = (("oracle_attention", None), ("block_sparse_attention", "trace"),
+           ("block_sparse_attention", "walk r=1"), ("hybrid_sparse_attention", "trace"),
+           ("hybrid_sparse_attention", "walk r=1"))
+
 _WRITE = flags.DEFINE_bool("write", False, "Write the tables into README.md.")
 
 
-def read(path=ROWS) -> list[dict]:
+def read(name) -> list[dict]:
   """The rows of a results file, in order."""
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
 def kernel_table(rows) -> str:
   """Markdown: op and selection down, shapes across, `forward / forward and backward` in a cell."""
-  speedup = {(row["op"], row.get("selection"), row["shape"], row["pass"]): row["speedup"]
-             for row in rows if "speedup" in row}
+  speedup = _last(rows, "speedup")
   lines = ["| | " + " | ".join(PAPER) + " |", "|---" * (len(PAPER) + 1) + "|"]
-  for op, label in OPS.items():
+  for op in OPS:
     for selection in (None, *SELECTIONS):
-      cells = [_cell(speedup, op, selection, shape) for shape in PAPER]
+      cells = [_cell(speedup, op, selection, shape, ("fwd", "fwd_bwd")) for shape in PAPER]
       if any(cells):
-        name = label if selection is None else f"{label}, `{selection}`"
-        lines.append(f"| {name} | " + " | ".join(cell or "–" for cell in cells) + " |")
+        lines.append(_line([_label(op, selection)], cells))
   return "\n".join(lines)
 
 
-def _cell(speedup, op, selection, shape) -> str:
-  found = [speedup.get((op, selection, shape, which)) for which in ("fwd", "fwd_bwd")]
-  if found == [None, None]:
+def tpu_table(rows) -> str:
+  """Markdown: generation, op and selection down, shapes across, `forward / backward` in a cell."""
+  lines = ["| | | " + " | ".join(PAPER) + " |", "|---" * (len(PAPER) + 2) + "|"]
+  for generation in sorted({row["generation"] for row in rows}):
+    here = [row for row in rows if row["generation"] == generation]
+    speedup, share = _last(here, "speedup"), _last(here, "mxu_share", 100)
+    cost = _last(here, "over_no_maxima")
+    for op, selection in COUNTED:
+      lines.append(_line([generation, _label(op, selection)], [
+        _cell(speedup, op, selection, shape, ("fwd", "bwd")) for shape in PAPER]))
+    lines.append(_line([generation, "oracle over itself without choosing"], [
+      _cell(cost, "oracle_attention", None, shape, ("fwd",), "{:.3f}") for shape in PAPER]))
+    lines.append(_line([generation, "block-sparse loop, % of the matrix units' floor"], [
+      _cell(share, "block_sparse_attention", "walk r=1", shape, ("fwd", "bwd"), "{:.0f}")
+      for shape in PAPER]))
+  return "\n".join(lines)
+
+
+def _last(rows, field, scale=1):
+  """{(op, selection, shape, pass): the field of the last such row, times scale}."""
+  return {(row["op"], row.get("selection"), row["shape"], row["pass"]): row[field] * scale
+          for row in rows if field in row}
+
+
+def _label(op, selection) -> str:
+  return OPS[op] if selection is None else f"{OPS[op]}, `{selection}`"
+
+
+def _line(heads, cells) -> str:
+  return "| " + " | ".join([*heads, *(cell or "–" for cell in cells)]) + " |"
+
+
+def _cell(values, op, selection, shape, passes, form=None) -> str:
+  found = [values.get((op, selection, shape, which)) for which in passes]
+  if not any(found):
     return ""
-  return " / ".join("–" if x is None else f"{x:.2f}" if x < 2 else f"{x:.1f}" for x in found)
+  return " / ".join("–" if x is None else (form or ("{:.2f}" if x < 2 else "{:.1f}")).format(x)
+                    for x in found)
 
 
 def step_table(rows) -> str:
@@ -60,33 +97,38 @@ def step_table(rows) -> str:
   return "\n".join(lines)
 
 
-TABLES = {"kernels": kernel_table, "steps": step_table}
+TABLES = {"kernels": ("h200_kernels", kernel_table), "steps": ("h200_kernels", step_table),
+          "tpu": ("tpu_static", tpu_table)}
 
 
-def filled(text: str, rows) -> str:
-  """README text with every table between its markers made anew.
+def tables() -> dict[str, str]:
+  """{marker: markdown} of every table."""
+  return {name: make(read(file)) for name, (file, make) in TABLES.items()}
+
+
+def filled(text: str, made: dict[str, str]) -> str:
+  """README text with the given tables between their markers.
 
   Raises:
     UserError: a marker is missing.
   """
-  for name, make in TABLES.items():
+  for name, table in made.items():
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if begin not in text or end not in text:
       raise UserError(f"README.md has no {begin.strip()} ... {end}; put them where the table goes")
     head, rest = text.split(begin, 1)
-    text = head + begin + make(rows) + "\n" + end + rest.split(end, 1)[1]
+    text = head + begin + table + "\n" + end + rest.split(end, 1)[1]
   return text
 
 
 def main(argv):
   """Prints or writes the tables."""
   del argv
-  rows = read()
   if _WRITE.value:
     readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(), rows))
+    readme.write_text(filled(readme.read_text(), tables()))
   else:
-    print("\n\n".join(make(rows) for make in TABLES.values()))
+    print("\n\n".join(tables().values()))
 
 
 if __name__ == "__main__":
