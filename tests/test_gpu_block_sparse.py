@@ -166,7 +166,7 @@ def test_plan_names_what_it_cannot_do():
   (1, 128, 4, 2, False, mosaic_gpu.UnionConfig(programs=3)),          # a second round for one
   (2, 64, 8, 1, True, mosaic_gpu.UnionConfig(blocks_per_step=1)),
   (1, 128, 16, 2, False, mosaic_gpu_split.SplitConfig(programs=3)),   # up to three rounds
-  (2, 64, 16, 1, True, mosaic_gpu_split.SplitConfig(slots=2)),
+  (2, 64, 16, 1, True, mosaic_gpu_split.SplitConfig(slots=3)),
 ], ids=str)
 def test_hot_forward_interpreted(batch, tokens, group, picks, segmented, config):
   q, k, v, _, sinks, segments = make_inputs(

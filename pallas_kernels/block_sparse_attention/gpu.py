@@ -50,7 +50,7 @@ def make_plan(block_indices, group, hot_threshold=None):
   config = index_plan.PlanConfig(
     tile_tokens=tokens, hot_threshold=threshold, longest_first=tokens == 32,
     list_multiple=1 if split else mosaic_gpu.UnionConfig().blocks_per_step,
-    **(dict(dense_tile=SPLIT_DENSE_TILE) if split else {}))
+    **(dict(dense_tile=SPLIT_DENSE_TILE, subtiles=mosaic_gpu_split.WARPGROUPS) if split else {}))
   return index_plan.build_plan(block_indices, block_indices.shape[2] // 64, config)
 
 
