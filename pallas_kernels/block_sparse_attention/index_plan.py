@@ -23,6 +23,7 @@ from jax import lax
 _NONE = np.uint32(0xFFFFFFFF)
 PACKED_BITS = 32        # of a sort key that holds (row, block, class, token, slot)
 _WINDOW = 256           # tiles sorted by length together
+_SCATTER = 317          # of the hash that orders scattered lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,9 @@ class PlanConfig:
   block a program of the key-major kernels takes. `list_multiple` pads a tile's list to the number
   of blocks that the union kernel takes in a step. `longest_first` sorts a window of tiles by their
   lists, so that programs side by side take equally long: 3.5 % faster on an H200 for tiles of 32
-  tokens, 2.7 % slower for tiles of 8, whose neighbours share more. With `subtiles` over 1 the
-  blocks that each set of a tile's subtiles shares are spread evenly through the tile's list, so
-  that the subtiles' warpgroups stay near each other.
+  tokens, 2.7 % slower for tiles of 8, whose neighbours share more. `scattered`: a list's blocks in
+  the order of a hash instead of ascending, so that blocks of one part of a tile come in no runs
+  that leave the split kernel's other warpgroups waiting.
   """
 
   tile_tokens: int = 32
@@ -47,7 +48,7 @@ class PlanConfig:
   backward_entries: int = 512
   dense_tile: float = 0.6
   longest_first: bool = True
-  subtiles: int = 1
+  scattered: bool = False
 
   def __post_init__(self):
     if self.tile_tokens not in (8, 16, 32):
@@ -55,8 +56,6 @@ class PlanConfig:
     for name in ("hot_threshold", "list_multiple", "forward_entries", "backward_entries"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
-    if self.subtiles not in (1, 2, 4):
-      raise ValueError(f"subtiles: got {self.subtiles}, want 1, 2 or 4")
     if not 0.0625 <= self.dense_tile <= 1:
       raise ValueError(f"dense_tile: got {self.dense_tile}, want 0.0625 to 1")
 
@@ -97,7 +96,8 @@ class KeyMajorWork:
 class IndexPlan:
   """Tile unions, membership words and the inverse index of one set of picks.
 
-  blocks i32 [B,K,L,U]  hot blocks of tile l, the tile's own block first, then ascending
+  blocks i32 [B,K,L,U]  hot blocks of tile l, the tile's own block first, then ascending or
+                        `scattered`
   words  i32 [B,K,L,U]  bit i: token i of the tile picked it; 0 beyond the tile's count
   counts i32 [B,K,L]    steps of `list_multiple` blocks that hold the tile's list
   order  i32 [B,K,L]    the tiles in the order to run them
@@ -199,28 +199,6 @@ def _longest_first(counts):
   return (tiles // window - 1 - position // (512 * window)) * window + position % window
 
 
-def _spread_subtiles(blocks, words, own, config):
-  """Reorders tiles' lists: the blocks that each set of subtiles shares at even distances.
-
-  blocks i32, words u32 [B,K,L,U], own i32 [L,1] -> both; the tile's own block stays first and the
-  padding, words 0, last.
-  """
-  sets, each = 2 ** config.subtiles, config.tile_tokens // config.subtiles
-  shift = jnp.arange(config.subtiles, dtype=jnp.uint32)
-  picked = (words[..., None] >> (shift * each)) & jnp.uint32(2 ** each - 1) != 0
-  which = (picked.astype(jnp.int32) << shift.astype(jnp.int32)).sum(-1)
-  position = jnp.arange(which.shape[-1], dtype=jnp.int32)
-  same = which[..., :, None] == which[..., None, :]
-  count = same.sum(-1, dtype=jnp.int32)
-  rank = (same & (position[:, None] > position)).sum(-1, dtype=jnp.int32)
-  place = ((rank * sets + which) << 12) // (count * sets)         # below 2 ** 12
-  place = jnp.where((blocks == own) & (words != 0), -1, place)
-  key = jnp.where(words == 0, 1 << 12, place) * 512 + position
-  order = jnp.sort(key, axis=-1) & 511
-  return (jnp.take_along_axis(blocks, order, axis=-1),
-          jnp.take_along_axis(words, order, axis=-1))
-
-
 def build_plan(block_indices, num_blocks, config=None):
   """block_indices i32 [B,K,T,P], -1 for none -> IndexPlan.
 
@@ -247,7 +225,10 @@ def build_plan(block_indices, num_blocks, config=None):
   # Union lists: each hot block once, by its first member; one sort of unique keys a tile.
   own = (jnp.arange(tiles, dtype=jnp.int32) * tile // 64)[:, None]
   leads = hot & ((words & (~words + 1)) == jnp.left_shift(1, entry // p).astype(jnp.uint32))
-  order = jnp.where(flat == own, 0, flat + 1)
+  order = flat
+  if config.scattered:                      # odd times modulo a power of two: one to one
+    order = flat * _SCATTER % (1 << (num_blocks - 1).bit_length())
+  order = jnp.where(flat == own, 0, order + 1)
   width = 1
   if config.has_hot:
     width = min(num_blocks, max(tile * p // config.hot_threshold, int(p / config.dense_tile)))
@@ -260,8 +241,6 @@ def build_plan(block_indices, num_blocks, config=None):
   pick = jnp.where(live, keys & 511, 0)
   blocks = jnp.where(live, jnp.take_along_axis(flat, pick, axis=-1), 0)
   tile_words = jnp.where(live, jnp.take_along_axis(words, pick, axis=-1), 0)
-  if config.subtiles > 1:
-    blocks, tile_words = _spread_subtiles(blocks, tile_words, own, config)
   counts = live.sum(-1, dtype=jnp.int32)
   counts = jnp.maximum(-(-counts // config.list_multiple), 1)
   order = _longest_first(counts) if config.longest_first else jnp.broadcast_to(

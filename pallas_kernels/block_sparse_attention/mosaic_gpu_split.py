@@ -12,11 +12,8 @@ Four warpgroups out of step with each other keep the tensor cores busy, so none 
 its own products with its own softmax, and 128 registers a thread hold what it needs. They take
 turns at starting the loads: a warpgroup for producing alone would leave the others 112.
 
-Where |q| |k| bounds every score of a subtile by _SAFE (in base 2), its weights are exp2(score):
-float32 sums neither overflow nor vanish, and the softmax needs no maximum. Any other subtile keeps
-a running maximum. bfloat16 weights have float32's range; float16 always keeps the maximum.
-
-Rows of a subtile that did not pick a block are masked as in mosaic_gpu.py, by what they subtract.
+As in mosaic_gpu.py, rows that did not pick a block are masked by what they subtract, and a running
+maximum is kept only where scores may be large.
 """
 
 import dataclasses
@@ -32,11 +29,10 @@ from pallas_kernels import compat, hopper
 from pallas_kernels.block_sparse_attention import mosaic_gpu as union
 
 ROWS, BLOCK = union.ROWS, union.BLOCK
+LANES = union.LANES
 _LOW, _MASKED, _LOG2E = union._LOW, union._MASKED, union._LOG2E
 _FULL, _ROW, _COLUMN = hopper.TILE, hopper.ROWS, hopper.COLS
 WARPGROUPS = 4                              # each with a subtile of its own
-LANES = 8                                   # sums kept of a row: 2 columns in each of 4 threads
-_SAFE = 80.0                                # weights in 2 ** -80 to 2 ** 80; float32: -126 to 127
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +59,7 @@ def tile_tokens(group):
 
 
 def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_ref, sink_ref,
-                  key_norm_ref, segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *, shape,
+                  key_ref, segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *, shape,
                   tiles, config, programs, scale, interpret):
   """The body: see the module. `shape` is (K, G, H); rows of a subtile are token-major.
 
@@ -164,18 +160,6 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
       see &= (mine == theirs) & (mine != 0)
     return see
 
-  def is_safe(queries, row):
-    """Whether |q| |k| bounds all scores of the subtile, in base 2, by _SAFE."""
-    batch, kv, _ = place(row)
-    x = queries[...] if interpret else plgpu.load(queries, layout=_FULL)
-    x = x.astype(jnp.float32)
-    norms_smem[wg] = (x * x).sum(axis=1)
-    plgpu.commit_smem()
-    most = norms_smem[wg, 0]
-    for i in range(1, ROWS):
-      most = jnp.maximum(most, norms_smem[wg, i])
-    return most * key_norm_ref[batch, kv] <= _SAFE ** 2
-
   def attend(state, queries, row, step, slot, mine, safe, first):
     """One block of a subtile, some of whose tokens picked it: bits of `mine`."""
     acc, row_max, row_sum = state
@@ -243,13 +227,14 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
 
     word = words_ref[row, 0]
     plgpu.barrier_wait(q_ready.at[wg])
-    safe = is_safe(queries, row)
+    batch, kv, tile = place(row)
+    safe = union.needs_no_maximum(
+      queries, norms_smem.at[wg], key_ref[batch, kv], interpret)
     state = (splat(jnp.float32(0), _FULL, (ROWS, head_dim)),
              splat(jnp.where(safe, jnp.float32(0), jnp.float32(_LOW)), _ROW),
              splat(jnp.float32(0), _FULL, (ROWS, LANES)))
     carry = run_step(jnp.int32(0), (state, word), first=True)
     state, _ = lax.fori_loop(1, steps, run_step, carry)
-    batch, kv, tile = place(row)
     out, lse = finish(state, compat.load(sink_ref.at[kv], _ROW, interpret))
     lse_ref[batch, kv, tile, wg] = lse
     q_smem[wg] = out.astype(q_ref.dtype)
@@ -301,9 +286,6 @@ def split_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
   lists = [jnp.pad(x.reshape(items, -1), ((0, 0), (0, max(0, config.ahead - x.shape[-1]))))
            for x in (plan.blocks, plan.words)]
   programs = min(config.programs, items)
-  key_norm = (k.astype(jnp.float32) ** 2).sum(-1).max(1) * (scale * _LOG2E) ** 2
-  if q.dtype == jnp.float16:                # weights of 2 ** 16 would overflow: nothing is safe
-    key_norm = jnp.full_like(key_norm, jnp.inf)
   scratch = (
     hopper.swizzled((WARPGROUPS, ROWS, h), q.dtype, interpret),
     hopper.swizzled((config.slots, BLOCK, h), q.dtype, interpret),
@@ -327,7 +309,7 @@ def split_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
     scratch=scratch, interpret=interpret, grid=(programs,), grid_names=("program",),
     num_threads=WARPGROUPS, thread_name="wg",
     compiler_options={"unsafe_no_auto_barriers": not interpret, "reduction_scratch_bytes": 512},
-  )(q, k, v, *lists, plan.counts.reshape(items), plan.order.reshape(items), sink_rows, key_norm,
-    *segments)
+  )(q, k, v, *lists, plan.counts.reshape(items), plan.order.reshape(items), sink_rows,
+    union.largest_keys(k, scale, q.dtype), *segments)
   lse = jnp.swapaxes(lse.reshape(b, kv_heads, t, group), 1, 2)
   return out, lse.reshape(b, t, n)
