@@ -7,13 +7,9 @@ tokens) alternate between the tensor cores and the softmax.
 
     out[t,n] = sum over blocks c hot in the tile with t in members(c), keys j <= t of c:  p v_j
 
-Membership costs nothing per score: rows that did not pick a block subtract a huge number, so their
-weights underflow to 0. Only a list's first step, which holds the tile's own block, compares key and
-query positions.
-
-Where |q| |k| bounds every score of a warpgroup's rows by _SAFE (in base 2), weights are
-exp2(score): float32 sums neither overflow nor vanish, and the softmax needs no maximum. Other rows
-keep a running maximum. bfloat16 weights have float32's range; float16 always keeps the maximum.
+Membership costs nothing per score: rows that did not pick a block subtract a huge number instead
+of their running maximum, so their weights underflow to 0. Only a list's first step, which holds
+the tile's own block, compares key and query positions.
 """
 
 import dataclasses
@@ -31,8 +27,6 @@ ROWS = 64                                   # query rows of a warpgroup: the M o
 BLOCK = 64                                  # keys of a block
 _LOW = -1e20                                # running maximum before any key: finite on purpose
 _MASKED = -1e30                             # score of an invisible key
-_SAFE = 80.0                                # weights in 2 ** -80 to 2 ** 80; float32: -126 to 127
-LANES = 8                                   # sums kept of a row: 2 columns in each of 4 threads
 _LOG2E = math.log2(math.e)
 _FULL = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -61,34 +55,9 @@ def tile_tokens(group):
   return 2 * ROWS // group
 
 
-def largest_keys(k, scale, dtype):
-  """f32 [B,K]: the largest |k|^2 of k [B,T,K,H] in units of squared base-2 scores per |q|^2.
-
-  Infinite for float16 weights, of which 2 ** 16 overflows: no score is small enough then.
-  """
-  if dtype == jnp.float16:
-    return jnp.full((k.shape[0], k.shape[2]), jnp.inf, jnp.float32)
-  return (k.astype(jnp.float32) ** 2).sum(-1).max(1) * (scale * _LOG2E) ** 2
-
-
-def needs_no_maximum(queries, norms, largest_key, interpret):
-  """Whether |q| |k| bounds all base-2 scores of a warpgroup's rows by _SAFE.
-
-  queries: ref [ROWS,H]; norms: f32 [ROWS] of shared memory to use; largest_key: of `largest_keys`.
-  """
-  x = queries[...] if interpret else plgpu.load(queries, layout=_FULL)
-  x = x.astype(jnp.float32)
-  norms[...] = (x * x).sum(axis=1)
-  plgpu.commit_smem()
-  most = norms[0]
-  for i in range(1, ROWS):
-    most = jnp.maximum(most, norms[i])
-  return most * largest_key <= _SAFE ** 2
-
-
 def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_ref, sink_ref,
-                  key_ref, segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *, shape,
-                  config, programs, scale, window, interpret):
+                  segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *, shape, config,
+                  programs, scale, window, interpret):
   """The body: see the module. `shape` is (K, G, H); rows of a warpgroup are head-major.
 
   A program runs tiles program, program + programs, ...: its producer fetches the next tile's
@@ -99,8 +68,8 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
   half = group // 2                         # heads of a warpgroup
   per_step, stages = config.blocks_per_step, config.stages
   keys = per_step * BLOCK
-  (q_smem, k_smem, v_smem, lse_smem, norms_smem, q_ready, q_free, k_ready, v_ready, k_free,
-   v_free, turn) = scratch
+  (q_smem, k_smem, v_smem, lse_smem, q_ready, q_free, k_ready, v_ready, k_free, v_free,
+   turn) = scratch
   batches, _, tiles = lse_ref.shape[:3]
   program = lax.axis_index("program")
   wg = lax.axis_index("wg")
@@ -169,7 +138,7 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
         following = read_step(at, jnp.minimum(step + 1, steps - 1))
         scores = scores_of(queries, slot)
         plgpu.barrier_arrive(k_free.at[slot])
-        parts, picked = [], []
+        parts, picked, new_max = [], [], row_max
         for i in range(per_step):
           part = scores[:, i * BLOCK:(i + 1) * BLOCK]
           key0 = listed[i] * BLOCK
@@ -190,32 +159,24 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
           bit = lax.bitwise_and(lax.shift_right_logical(word, token), jnp.ones_like(token))
           parts.append(part)
           picked.append(bit == 1)
-
-        def track(acc, row_max, row_sum):
-          new_max = row_max
-          for part, pick in zip(parts, picked):
-            high = part.max(axis=1) * (scale * _LOG2E)
-            new_max = jnp.maximum(new_max, jnp.where(pick, high, _LOW))
-          shrink = jnp.exp2(row_max - new_max)
-          return (acc * lax.broadcast_in_dim(shrink, acc.shape, (0,)), new_max,
-                  row_sum * lax.broadcast_in_dim(shrink, row_sum.shape, (0,)))
-
-        acc, row_max, row_sum = lax.cond(
-          safe, lambda *state: state, track, acc, row_max, row_sum)
+          high = part.max(axis=1) * (scale * _LOG2E)
+          new_max = jnp.maximum(new_max, jnp.where(picked[-1], high, _LOW))
+        shrink = jnp.exp2(row_max - new_max)
         weights = []
         for part, pick in zip(parts, picked):
-          subtract = jnp.where(pick, row_max, -_MASKED)
+          subtract = jnp.where(pick, new_max, -_MASKED)
           weights.append(jnp.exp2(part * (scale * _LOG2E) - spread(subtract)))
+        row_sum = row_sum * shrink
+        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, (0,))
         low = [w.astype(q_ref.dtype) for w in weights]
-        for w in weights:                   # one sum a lane: their own sum waits for the tile's end
-          for i in range(0, BLOCK, LANES):
-            row_sum = row_sum + w[:, i:i + LANES]
+        for w in weights:
+          row_sum = row_sum + w.sum(axis=1)
         if first:                           # the last tile's output has left its buffer by now
           @pl.when(index > 0)
           def _():
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free.at[(1 - buffer) * 2 + wg])
-        acc, row_sum, row_max, *low = lax.optimization_barrier((acc, row_sum, row_max, *low))
+        acc, row_sum, new_max, *low = lax.optimization_barrier((acc, row_sum, new_max, *low))
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(v_ready.at[slot])
         plgpu.barrier_wait(turn)
@@ -235,17 +196,14 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
 
         acc = add_values(acc) if interpret else pl.run_state(add_values)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(v_free.at[slot])
-        return acc, row_max, row_sum, following
+        return acc, new_max, row_sum, following
 
-      plgpu.barrier_wait(q_ready.at[buffer * 2 + wg])
-      safe = needs_no_maximum(queries, norms_smem.at[wg], key_ref[batch, kv], interpret)
       carry = (splat(jnp.float32(0), _FULL, (ROWS, q_smem.shape[-1])),
-               splat(jnp.where(safe, jnp.float32(0), jnp.float32(_LOW)), _ROW),
-               splat(jnp.float32(0), _FULL, (ROWS, LANES)), tuple(listed))
+               splat(jnp.float32(_LOW), _ROW), splat(jnp.float32(0), _ROW), tuple(listed))
+      plgpu.barrier_wait(q_ready.at[buffer * 2 + wg])
       plgpu.barrier_wait(k_ready.at[slot_of(base)])
       carry = run_step(jnp.int32(0), carry, first=True)
       acc, row_max, row_sum, _ = lax.fori_loop(1, steps, run_step, carry)
-      row_sum = row_sum.sum(axis=1)
       sink = compat.load(sink_ref.at[kv, wg], _ROW, interpret)
       new_max = jnp.maximum(row_max, sink)
       shrink = jnp.exp2(row_max - new_max)
@@ -351,7 +309,6 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, window=
     plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
     plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
     plgpu.SMEM((2, ROWS), jnp.float32),
-    plgpu.SMEM((2, ROWS), jnp.float32),
     plgpu.Barrier(num_arrivals=group // 2, num_barriers=4),
     plgpu.Barrier(num_arrivals=1, num_barriers=4),
     plgpu.Barrier(num_arrivals=loads, num_barriers=config.stages),
@@ -361,8 +318,8 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, window=
     plgpu.Barrier(num_arrivals=2))
 
   def body(*refs):
-    inputs, rest = refs[:9], refs[9 + len(segments):]
-    segment_refs = refs[9:9 + len(segments)] or (None, None)
+    inputs, rest = refs[:8], refs[8 + len(segments):]
+    segment_refs = refs[8:8 + len(segments)] or (None, None)
     _union_kernel(*inputs, *segment_refs, *rest[:2], rest[2:], shape=(kv_heads, group, h),
                   config=config, programs=programs, scale=scale, window=window,
                   interpret=interpret)
@@ -373,7 +330,6 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, window=
          jax.ShapeDtypeStruct((b, kv_heads, tiles, 2, ROWS), jnp.float32)),
     scratch=scratch, interpret=interpret, grid=(programs,),
     grid_names=("program",), num_threads=3, thread_name="wg",
-  )(q, k, v, plan.blocks, plan.words, plan.counts, plan.order, sink_rows,
-    largest_keys(k, scale, q.dtype), *segments)
+  )(q, k, v, plan.blocks, plan.words, plan.counts, plan.order, sink_rows, *segments)
   lse = lse.reshape(b, kv_heads, tiles, group, tokens).transpose(0, 2, 4, 1, 3)
   return out, lse.reshape(b, t, n)

@@ -12,8 +12,11 @@ Four warpgroups out of step with each other keep the tensor cores busy, so none 
 its own products with its own softmax, and 128 registers a thread hold what it needs. They take
 turns at starting the loads: a warpgroup for producing alone would leave the others 112.
 
-As in mosaic_gpu.py, rows that did not pick a block are masked by what they subtract, and a running
-maximum is kept only where scores may be large.
+Where |q| |k| bounds every score of a subtile by _SAFE (in base 2), weights are exp2(score): float32
+sums neither overflow nor vanish, and the softmax needs no maximum. Other subtiles keep a running
+maximum. bfloat16 weights have float32's range; float16 always keeps the maximum.
+
+Rows of a subtile that did not pick a block are masked as in mosaic_gpu.py, by what they subtract.
 """
 
 import dataclasses
@@ -29,10 +32,11 @@ from pallas_kernels import compat, hopper
 from pallas_kernels.block_sparse_attention import mosaic_gpu as union
 
 ROWS, BLOCK = union.ROWS, union.BLOCK
-LANES = union.LANES
 _LOW, _MASKED, _LOG2E = union._LOW, union._MASKED, union._LOG2E
 _FULL, _ROW, _COLUMN = hopper.TILE, hopper.ROWS, hopper.COLS
 WARPGROUPS = 4                              # each with a subtile of its own
+LANES = 8                                   # sums kept of a row: 2 columns in each of 4 threads
+_SAFE = 80.0                                # weights in 2 ** -80 to 2 ** 80; float32: -126 to 127
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,31 @@ class SplitConfig:
 def tile_tokens(group):
   """Tokens of a program's tile for `group` query heads to a KV head, 8 or 16."""
   return WARPGROUPS * ROWS // group
+
+
+def largest_keys(k, scale, dtype):
+  """f32 [B,K]: the largest |k|^2 of k [B,T,K,H] in units of squared base-2 scores per |q|^2.
+
+  Infinite for float16 weights, of which 2 ** 16 overflows: no score is small enough then.
+  """
+  if dtype == jnp.float16:
+    return jnp.full((k.shape[0], k.shape[2]), jnp.inf, jnp.float32)
+  return (k.astype(jnp.float32) ** 2).sum(-1).max(1) * (scale * _LOG2E) ** 2
+
+
+def needs_no_maximum(queries, norms, largest_key, interpret):
+  """Whether |q| |k| bounds all base-2 scores of a warpgroup's rows by _SAFE.
+
+  queries: ref [ROWS,H]; norms: f32 [ROWS] of shared memory to use; largest_key: of `largest_keys`.
+  """
+  x = queries[...] if interpret else plgpu.load(queries, layout=_FULL)
+  x = x.astype(jnp.float32)
+  norms[...] = (x * x).sum(axis=1)
+  plgpu.commit_smem()
+  most = norms[0]
+  for i in range(1, ROWS):
+    most = jnp.maximum(most, norms[i])
+  return most * largest_key <= _SAFE ** 2
 
 
 def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_ref, sink_ref,
@@ -228,7 +257,7 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
     word = words_ref[row, 0]
     plgpu.barrier_wait(q_ready.at[wg])
     batch, kv, tile = place(row)
-    safe = union.needs_no_maximum(
+    safe = needs_no_maximum(
       queries, norms_smem.at[wg], key_ref[batch, kv], interpret)
     state = (splat(jnp.float32(0), _FULL, (ROWS, head_dim)),
              splat(jnp.where(safe, jnp.float32(0), jnp.float32(_LOW)), _ROW),
@@ -310,6 +339,6 @@ def split_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, config=
     num_threads=WARPGROUPS, thread_name="wg",
     compiler_options={"unsafe_no_auto_barriers": not interpret, "reduction_scratch_bytes": 512},
   )(q, k, v, *lists, plan.counts.reshape(items), plan.order.reshape(items), sink_rows,
-    union.largest_keys(k, scale, q.dtype), *segments)
+    largest_keys(k, scale, q.dtype), *segments)
   lse = jnp.swapaxes(lse.reshape(b, kv_heads, t, group), 1, 2)
   return out, lse.reshape(b, t, n)
