@@ -19,11 +19,9 @@ from pallas_kernels.checks import NotCoveredError
 # Tokens of a tile that must share a block for the union or split kernel to take it. On an H200 a
 # union kernel's tile x block product takes the whole chip 6.5 ns, and a packed token of 4 heads,
 # with the sum of its part, 0.84 ns (LOG.md): break-even at 7.7 tokens.
-HOT_THRESHOLD = {4: 8, 8: 4, 16: 2}
-# At G = 16 a packed token costs 3.8 ns and a block that one token picked 1.4 + 3.6 in the split
-# kernel (LOG.md): singles are packed, but not in tiles that list at most 48 blocks (walks), so
-# that a layer of such tiles leaves the packed pass without work.
-SPLIT_DENSE_TILE = 0.33
+# At G = 16 a pick that no other token of the tile shares costs 4.2 ns in the split kernel and 3.8
+# to 5 packed: everything is hot.
+HOT_THRESHOLD = {4: 8, 8: 4, 16: 1}
 _LOG2E = 1.4426950408889634
 
 
@@ -50,7 +48,7 @@ def make_plan(block_indices, group, hot_threshold=None):
   config = index_plan.PlanConfig(
     tile_tokens=tokens, hot_threshold=threshold, longest_first=tokens == 32,
     list_multiple=1 if split else mosaic_gpu.UnionConfig().blocks_per_step,
-    **(dict(dense_tile=SPLIT_DENSE_TILE) if split else {}))
+    scattered=split)
   return index_plan.build_plan(block_indices, block_indices.shape[2] // 64, config)
 
 
