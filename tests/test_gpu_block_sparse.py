@@ -147,6 +147,17 @@ def test_plan_matches_loops(monkeypatch, config, packed_bits):
   check_plan(picks, config, 16)
 
 
+def test_plan_packs_where_it_was_measured_to_pay():
+  configs = {
+    (group, tokens): jax.eval_shape(
+      functools.partial(gpu.make_plan, group=group),
+      jax.ShapeDtypeStruct((1, 1, tokens, 16), jnp.int32)).config
+    for group, tokens in ((4, 1024), (16, 32768), (16, 65536))}
+  assert {key: config.hot_threshold for key, config in configs.items()} == {
+    (4, 1024): 8, (16, 32768): 1, (16, 65536): 2}
+  assert [config.scattered for config in configs.values()] == [False, True, True]
+
+
 def test_plan_names_what_it_cannot_do():
   with pytest.raises(NotImplementedError, match="T=100"):
     index_plan.build_plan(jnp.zeros((1, 1, 100, 4), jnp.int32), 2)
