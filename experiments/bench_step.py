@@ -2,6 +2,8 @@
 
     python -m experiments.bench_step --config=configs/hysparse_7b.py:long --set model.num_layers=8 \
         --set data.batch_size=1 [--twins=full,swa] [--documents=8] [--profile=20] [--json]
+    python -m experiments.bench_step --config=configs/hysparse_80b_a3b.py --mesh=expert=1 \
+        --set model.moe=None --set model.d_ff=4096 --set model.num_layers=13 --set data.batch_size=1
 
 One row per model: tokens/s, model FLOPs utilisation (useful FLOPs of `accounting`, nothing
 recomputed, over the matrix-unit rate of --peak_tflops), peak memory, both from one process. The

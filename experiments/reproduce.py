@@ -160,7 +160,7 @@ def _row(preset, one: Run, cfg, rate, figures, folder) -> dict:
     # Nothing is timed by a run that only had its evaluation left.
     "tokens_per_second": (None if math.isnan(figures["tokens_per_second"])
                           else figures["tokens_per_second"]),
-    "device": jax.devices()[0].device_kind, "jax": jax.__version__, "commit": rows.git_commit(),
+    "device": jax.devices()[0].device_kind, "jax": jax.__version__, "commit": rows.commit(),
     "date": datetime.date.today().isoformat()}
 
 

@@ -213,13 +213,13 @@ def _smoke(overrides) -> Preset:
 
 
 def _h200(overrides) -> Preset:
-  """25 layers (full ones: 0, 12 and 24 at 1:11), 42M parameters in the body, 67M tokens a model."""
+  """25 layers (full ones: 0, 12 and 24 at 1:11), 42M parameters in the body, 34M tokens a model."""
   base = Config(
     model=ModelConfig(
       vocab_size=1024, num_layers=25, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64,
       d_ff=1024, sparse_per_full=11, block_size=64, selected_tokens=1024, window=128, qk_norm=True,
-      rope_base=640_000.0, dtype="bfloat16"),
-    data=DataConfig(source="python_packages", heldout_fraction=0.01, seq_len=8192, batch_size=8,
+      rope_base=640_000.0, dtype="bfloat16", remat="layer"),
+    data=DataConfig(source="python_packages", heldout_fraction=0.01, seq_len=8192, batch_size=4,
                     task_share=0.5, task_ids=768, task_positions=32_768),
     optim=OptimConfig(optimizer="muon", lr=3e-3, muon_lr=2e-2, warmup_steps=60,
                       decay_fraction=0.3),
@@ -230,9 +230,9 @@ def _h200(overrides) -> Preset:
                           "model.selected_tokens=512", "data.task_positions=8192")
   lengths = (2048, 4096, 8192, 16_384, 32_768)
   tune = round(base.train.steps * TUNE_SHARE)
-  pieces = [Piece(f"tune-{model}", tuple(
-    run_of(base, model, 100, lengths, rate=rate, steps=tune) for rate in RATES))
-    for model in HEADLINE]
+  pieces = [Piece(f"tune-{model}-x{rate:g}", (
+    run_of(base, model, 100, lengths, rate=rate, steps=tune),))
+    for model in HEADLINE for rate in RATES]
   one = lambda model, seed: Piece(
     f"{model}-s{seed}", (run_of(base, model, seed, lengths),))
   pieces += [one(model, 0) for model in HEADLINE]

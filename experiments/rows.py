@@ -23,7 +23,7 @@ def emit(row: dict, line: str, device: str | None = "here"):
   if device == "here":
     device = jax.devices()[0].device_kind
   row |= {} if device is None else {"device": device}
-  row |= dict(jax=jax.__version__, commit=_COMMIT.value or git_commit(),
+  row |= dict(jax=jax.__version__, commit=commit(),
               date=datetime.date.today().isoformat())
   if _APPEND.value:
     with open(_APPEND.value, "a") as file:
@@ -31,8 +31,10 @@ def emit(row: dict, line: str, device: str | None = "here"):
   print(json.dumps(row) if cli.JSON.value else line, flush=True)
 
 
-def git_commit() -> str:
-  """The short hash of the checkout, empty where there is none."""
+def commit() -> str:
+  """What --commit says, or the short hash of the checkout, empty where there is none."""
+  if _COMMIT.value:
+    return _COMMIT.value
   try:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                           check=False).stdout.strip()

@@ -71,18 +71,21 @@ def walk(heads, tokens, replaced, picks=16, seed=0):
     np.arange(picks) <= np.arange(min(tokens, picks * BLOCK))[:, None] // BLOCK,
     np.arange(picks), -1)[None, :]
   chance = replaced / (picks - 1)
+  first = picks * BLOCK
   for h in range(heads):
+    change = rng.random((tokens, picks)) < chance
+    drawn = (rng.random((tokens, picks)) * (np.arange(tokens)[:, None] // BLOCK + 1)).astype(int)
+    leaves = rng.integers(picks, size=tokens).tolist()       # whose place a new own block takes
     current = list(range(picks))
     held = set(current)
-    for t in range(picks * BLOCK, tokens):
+    for t in range(first, tokens):
       own = t // BLOCK
       if own not in held:
-        slot = int(rng.integers(picks))
-        held.remove(current[slot])
+        held.remove(current[leaves[t]])
         held.add(own)
-        current[slot] = own
-      for slot in np.flatnonzero(rng.random(picks) < chance):
-        block = int(rng.integers(own + 1))
+        current[leaves[t]] = own
+      for slot in np.flatnonzero(change[t]).tolist():
+        block = int(drawn[t, slot])
         if current[slot] != own and block not in held:
           held.remove(current[slot])
           held.add(block)

@@ -212,13 +212,15 @@ class DataConfig(_Checked):
   tasks: str = "all"                  # of evals/token_tasks.py, separated by commas
   task_ids: int = 768                 # ids that tasks are spelled with, after the tokenizer's
   task_weight: float = 1.0            # loss weight of a task row's answers; a full text row has 1
+  task_context_weight: float = 0.0    # of every other token of a task row; a text token has 1
   task_positions: int = 0             # positions a task sample spreads over; 0: as many as tokens
 
   def __post_init__(self):
     self._check_choices()
     self._check_at_least(2, "seq_len")
     self._check_at_least(1, "batch_size", "task_ids")
-    self._check_at_least(0, "workers", "seed", "task_weight", "task_positions")
+    self._check_at_least(0, "workers", "seed", "task_weight", "task_context_weight",
+                         "task_positions")
     self._check_unit_interval("task_share")
     _require(0.0 < self.heldout_fraction < 1.0,
              f"data.heldout_fraction is {self.heldout_fraction}; it must be between 0 and 1")

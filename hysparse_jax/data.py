@@ -94,7 +94,8 @@ class TrainStream:
     }
     if cfg.task_share:
       self.fingerprint |= {name: str(getattr(cfg, name)) for name in (
-        "task_share", "tasks", "task_ids", "task_weight", "task_positions")}
+        "task_share", "tasks", "task_ids", "task_weight", "task_context_weight",
+        "task_positions")}
 
   def batch(self, step: int) -> Batch:
     """This host's slice of the batch of `step`, [B / process_count, T]."""

@@ -58,8 +58,9 @@ class Transformer(nnx.Module):
   def embed(self, tokens):
     """i32 [B, T] -> [B, T, D] in the compute dtype."""
     inside = jnp.where(tokens < 0, self.cfg.vocab_size, tokens)      # so that -1 is no last row
-    table = self.embedding[...].astype(self.cfg.dtype)
-    return constrain(table.at[inside].get(mode="fill", fill_value=jnp.nan), "batch", "seq", None)
+    # Rounded after the look-up: the gradient of a row adds up in float32, over every such token.
+    x = self.embedding[...].at[inside].get(mode="fill", fill_value=jnp.nan)
+    return constrain(x.astype(self.cfg.dtype), "batch", "seq", None)
 
   def logits(self, hidden):
     """[..., D] -> f32 [..., V]."""

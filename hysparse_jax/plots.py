@@ -4,6 +4,7 @@ import pathlib
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 
 from hysparse_jax import accounting
 from hysparse_jax.config import ModelConfig
@@ -255,6 +256,9 @@ def quality_against_cache(points: dict, path, *, tokens: int):
       axis.errorbar(values[0] / 1e6, seeds.mean(), yerr=seeds.std(ddof=1) if seeds.size > 1 else 0,
                     marker="os^Dvp*X<>hd"[index % 12], capsize=3, linestyle="none", label=model)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.set(xlabel=f"KV cache at {tokens:,} tokens (MB, bf16)", ylabel=label)
     axis.grid(alpha=0.3, which="both")
   axes[1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")

@@ -1,8 +1,8 @@
 """Rows of recall tasks for training, made by the generator that evaluation uses.
 
 A row is cut into equal pieces, T, T/2, T/4, ... tokens each, one sample to a piece, each a document
-of its own. Only answers carry loss. As a function of (seed, row number) they can be made anywhere,
-in any order.
+of its own. Answers carry loss, and the tokens before them `context_weight` each. As a function of
+(seed, row number) rows can be made anywhere, in any order.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ class TaskRows:
     seq_len: T.
     seed: of the samples.
     weight: that a row's answers have together, as a share of T text tokens.
+    context_weight: of each other token that a sample goes on from; a text token has 1.
     positions: samples are spread over up to this many positions; 0: none is skipped.
   """
 
@@ -39,6 +40,7 @@ class TaskRows:
   seq_len: int
   seed: int
   weight: float
+  context_weight: float
   positions: int
 
   def levels(self) -> dict[int, tuple[str, ...]]:
@@ -60,6 +62,7 @@ class TaskRows:
     row = {name: np.zeros(self.seq_len, np.int32)
            for name in ("tokens", "targets", "segment_ids", "positions")}
     row["weights"] = np.zeros(self.seq_len, np.float32)
+    answers = np.zeros(self.seq_len, bool)
     for piece in range(pieces):
       task = levels[length][rng.integers(len(levels[length]))]
       made = token_tasks.sample(task, self.ids, length, number * pieces + piece, seed=self.seed,
@@ -69,11 +72,11 @@ class TaskRows:
       row["tokens"][where] = made.tokens
       row["segment_ids"][where] = piece + 1
       row["positions"][where] = self._spread(jumps, length)
+      row["targets"][start:start + length - 1] = made.tokens[1:]
+      row["weights"][start:start + length - 1] = self.context_weight
       for first, last in made.items:
-        row["targets"][start + first - 1:start + last - 1] = made.tokens[first:last]
-        row["weights"][start + first - 1:start + last - 1] = 1.0
-    answers = row["weights"].sum()
-    row["weights"] *= np.float32(min(self.weight * self.seq_len / answers, MAX_ANSWER_WEIGHT))
+        answers[start + first - 1:start + last - 1] = True
+    row["weights"][answers] = min(self.weight * self.seq_len / answers.sum(), MAX_ANSWER_WEIGHT)
     return row
 
   def _spread(self, rng, length):
@@ -109,7 +112,7 @@ def open_task_rows(cfg: DataConfig, text_size: int) -> TaskRows | None:
     raise UserError(f"data.task_ids is {cfg.task_ids}; the tasks need at least "
                     f"{token_tasks.MIN_IDS}")
   rows = TaskRows(Ids(text_size, cfg.task_ids), tasks, cfg.seq_len, cfg.seed, cfg.task_weight,
-                  cfg.task_positions)
+                  cfg.task_context_weight, cfg.task_positions)
   if not rows.levels():
     raise UserError(f"data.seq_len={cfg.seq_len} is too short for every task of data.tasks; "
                     f"give at least {SHORTEST}")

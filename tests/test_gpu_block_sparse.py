@@ -97,6 +97,8 @@ def check_plan(picks, config, blocks):
       found, members = np.unique(rows[rows >= 0], return_counts=True)
       dense = members.sum() >= config.dense_tile * tile * len(found) and config.has_hot
       hot = found[members >= (1 if dense else config.hot_threshold)].tolist()
+      if config.scattered:
+        hot.sort(key=lambda block: block * 317 % blocks)       # of a power of two here
       own = index * tile // 64
       if own in hot:
         hot = [own] + [x for x in hot if x != own]
@@ -135,7 +137,7 @@ def check_plan(picks, config, blocks):
 @pytest.mark.parametrize("config", [
   index_plan.PlanConfig(32, 8, 2, 16, 32),
   index_plan.PlanConfig(16, 2, 1, 16, 32, dense_tile=0.33, longest_first=False),
-  index_plan.PlanConfig(16, 1, 1, 16, 32, longest_first=False),
+  index_plan.PlanConfig(16, 1, 1, 16, 32, longest_first=False, scattered=True),
   index_plan.PlanConfig(32, 33, 2, 16, 32)], ids=str)
 @pytest.mark.parametrize("packed_bits", [32, 2], ids=["one_sort", "sort_a_head"])
 def test_plan_matches_loops(monkeypatch, config, packed_bits):
@@ -143,6 +145,17 @@ def test_plan_matches_loops(monkeypatch, config, packed_bits):
   picks = np.stack([selections.walk(2, 1024, 2.0, 5), selections.random(2, 1024, 5)])
   picks[:, :, ::7] = -1
   check_plan(picks, config, 16)
+
+
+def test_plan_packs_where_it_was_measured_to_pay():
+  configs = {
+    (group, tokens): jax.eval_shape(
+      functools.partial(gpu.make_plan, group=group),
+      jax.ShapeDtypeStruct((1, 1, tokens, 16), jnp.int32)).config
+    for group, tokens in ((4, 1024), (16, 32768), (16, 65536))}
+  assert {key: config.hot_threshold for key, config in configs.items()} == {
+    (4, 1024): 8, (16, 32768): 1, (16, 65536): 2}
+  assert [config.scattered for config in configs.values()] == [False, True, True]
 
 
 def test_plan_names_what_it_cannot_do():
@@ -155,35 +168,61 @@ def test_plan_names_what_it_cannot_do():
   with pytest.raises(ValueError, match="stages"):
     mosaic_gpu.UnionConfig(blocks_per_step=2, stages=4)
   with pytest.raises(ValueError, match="slots"):
-    mosaic_gpu_split.SplitConfig(slots=4)
+    mosaic_gpu_split.SplitConfig(slots=6)
+  with pytest.raises(ValueError, match="ahead"):
+    mosaic_gpu_split.SplitConfig(ahead=5)
   plan = gpu.make_plan(jnp.zeros((1, 1, 128, 4), jnp.int32), 4)
   array = lambda heads: jnp.zeros((1, 128, heads, 64), jnp.bfloat16)
   with pytest.raises(ValueError, match="tiles of 32 tokens"):
     mosaic_gpu_split.split_forward(array(16), array(1), array(1), plan, scale=1.0)
 
 
+def run_hot(q, k, v, indices, config, **options):
+  """out and lse of the union or split kernel, interpreted, with every pick hot."""
+  group, split = q.shape[2] // k.shape[2], isinstance(config, mosaic_gpu_split.SplitConfig)
+  plan = index_plan.build_plan(indices, q.shape[1] // 64, index_plan.PlanConfig(
+    tile_tokens=(mosaic_gpu_split if split else mosaic_gpu).tile_tokens(group), hot_threshold=1,
+    list_multiple=1 if split else config.blocks_per_step, scattered=split))
+  run = mosaic_gpu_split.split_forward if split else mosaic_gpu.union_forward
+  return run(q, k, v, plan, scale=0.125, config=config, interpret=compat.InterpretGPUParams(),
+             **options)
+
+
 @pytest.mark.parametrize("batch,tokens,group,picks,segmented,config", [
   (1, 128, 4, 2, False, mosaic_gpu.UnionConfig(programs=3)),          # a second round for one
   (2, 64, 8, 1, True, mosaic_gpu.UnionConfig(blocks_per_step=1)),
   (1, 128, 16, 2, False, mosaic_gpu_split.SplitConfig(programs=3)),   # up to three rounds
-  (2, 64, 16, 1, True, mosaic_gpu_split.SplitConfig(slots=2)),
+  (2, 64, 16, 1, True, mosaic_gpu_split.SplitConfig(slots=3, ahead=1)),
 ], ids=str)
 def test_hot_forward_interpreted(batch, tokens, group, picks, segmented, config):
   q, k, v, _, sinks, segments = make_inputs(
     0, batch, tokens, 1, group, 64, jnp.bfloat16, segmented)
+  q = q.at[:, ::17].multiply(30)            # scores up to 1,000 in some tiles, and not in others
   indices = random_picks(1, batch, 1, tokens, picks)
-  split = group == 16
-  plan = index_plan.build_plan(indices, tokens // 64, index_plan.PlanConfig(
-    tile_tokens=(mosaic_gpu_split if split else mosaic_gpu).tile_tokens(group), hot_threshold=1,
-    list_multiple=1 if split else config.blocks_per_step))
-  run = mosaic_gpu_split.split_forward if split else mosaic_gpu.union_forward
-  out, lse = run(q, k, v, plan, scale=0.125, sinks=sinks, segment_ids=segments, config=config,
-                 interpret=compat.InterpretGPUParams())
+  out, lse = run_hot(q, k, v, indices, config, sinks=sinks, segment_ids=segments)
   want = reference.block_sparse_attention(
     q.astype(jnp.float32), k, v, indices, block_size=64, sinks=sinks, segment_ids=segments,
     scale=0.125)
   assert relative(out, want) < RELATIVE["bfloat16"]
   assert (np.asarray(lse) > sinks * np.log2(np.e) - 1e-3).all()      # the sink is in every sum
+
+
+@pytest.mark.parametrize("group", [4, 16])
+def test_smallest_weights_interpreted(group):
+  """Rows whose every score is -78 in base 2 keep no maximum, those of -81 and -3000 do."""
+  tokens, head_dim = 64, 64
+  k = jnp.ones((1, tokens, 1, head_dim), jnp.bfloat16)
+  v = jnp.asarray(np.random.default_rng(0).standard_normal(k.shape), jnp.bfloat16)
+  indices = jnp.zeros((1, 1, tokens, 1), jnp.int32)
+  config = mosaic_gpu_split.SplitConfig() if group == 16 else mosaic_gpu.UnionConfig()
+  want = (np.cumsum(np.asarray(v, np.float64), 1) / np.arange(1, tokens + 1)[:, None, None])
+  for size in (6.75, 7.0, 256.0):
+    score = -size * head_dim * 0.125 * np.log2(np.e)
+    q = jnp.full((1, tokens, group, head_dim), -size, jnp.bfloat16)
+    out, lse = run_hot(q, k, v, indices, config)
+    assert relative(out, np.broadcast_to(want, out.shape)) < RELATIVE["bfloat16"]
+    np.testing.assert_allclose(
+      lse[0], score + np.log2(np.arange(1, tokens + 1))[:, None].repeat(group, 1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("group,head_dim,segmented,tokens,threshold", [
@@ -356,6 +395,25 @@ def test_on_device(case, segmented):
       assert relative(got, value) < limit
     size = max(np.linalg.norm(want_dsinks), summands(*given, want_out))
     assert np.linalg.norm(np.asarray(dsinks - want_dsinks)) < limit * size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group,head_dim,dtype,threshold", [
+  (4, 128, jnp.bfloat16, 1), (4, 64, jnp.float16, None), (8, 128, jnp.bfloat16, None),
+  (16, 128, jnp.bfloat16, None), (16, 64, jnp.bfloat16, 2), (16, 128, jnp.float16, 1)], ids=str)
+def test_large_scores_on_device(group, head_dim, dtype, threshold):
+  """Scores in the hundreds beside small ones, and rows that see small ones only."""
+  q, k, v, _, sinks, segments = make_inputs(8, 2, 1000, 2, group, head_dim, dtype, True)
+  q, k = q.at[:, ::37].multiply(8), k.at[:, ::53].multiply(8)
+  indices = jnp.asarray(np.stack([
+    selections.selection(name, 2, 1000, 5, 1) for name in ("walk r=1", "random")]))
+  options = dict(sinks=sinks, segment_ids=segments)
+  out = jax.jit(lambda q, k, v: gpu.block_sparse_attention(
+    q, k, v, indices, plan=gpu.make_plan(indices, group, threshold), **options))(q, k, v)
+  want = jax.jit(lambda *a: reference.block_sparse_attention(
+    *a, indices, block_size=64, scale=head_dim ** -0.5, **options))(
+      *(x.astype(jnp.float32) for x in (q, k, v)))
+  assert relative(out, want) < RELATIVE[jnp.dtype(dtype).name]
 
 
 @pytest.mark.gpu

@@ -36,8 +36,8 @@ def test_models_match_in_parameters_and_differ_in_what_they_say(name):
 def test_the_h200_plan_is_what_was_asked_for():
   plan = preset("h200")
   names = [piece.name for piece in plan.pieces]
-  assert names[:6] == ["tune-full", "tune-swa", "tune-hysparse", "full-s0", "swa-s0",
-                       "hysparse-s0"]
+  assert names[:4] == ["tune-full-x0.5", "tune-full-x1", "tune-full-x2", "tune-swa-x0.5"]
+  assert names[9:12] == ["full-s0", "swa-s0", "hysparse-s0"]
   runs = [run for piece in plan.pieces for run in piece.runs if run.rate is None]
   assert {run.model for run in runs} == set(MODELS)
   for model in reproduce_plan.HEADLINE:
@@ -52,7 +52,7 @@ def test_the_h200_plan_is_what_was_asked_for():
   assert {fields[f"block_{b}"].selected_tokens for b in (32, 64, 128)} == {512}
   assert (fields["random"].block_choice, fields["previous"].block_choice) == ("random", "previous")
   assert not fields["no_local"].local_branch and fields["shared_local_kv"].local_shares_kv
-  tuned = [run for piece in plan.pieces[:3] for run in piece.runs]
+  tuned = [run for piece in plan.pieces[:9] for run in piece.runs]
   assert [run.rate for run in tuned] == list(RATES) * 3
   assert {run.cfg.train.steps for run in tuned} == {205}
   assert all(reproduce_plan.predicted_minutes(plan, piece) < 8 for piece in plan.pieces)

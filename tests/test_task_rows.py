@@ -55,11 +55,23 @@ def test_answers_alone_have_weight(cfg):
       at = np.flatnonzero(asked)
       np.testing.assert_array_equal(batch.targets[row, at], batch.tokens[row, at + 1])
       assert (batch.segment_ids[row, at] == batch.segment_ids[row, at + 1]).all()
-      assert (batch.targets[row][~asked] == 0).all()
       lengths.add(T // batch.segment_ids[row].max())
       starts = np.flatnonzero(np.diff(batch.segment_ids[row], prepend=0))
       assert (batch.positions[row, starts] == 0).all()
   assert lengths == {64, 128, 256, 512}
+
+
+def test_context_weighs_what_it_is_told_to(cfg):
+  rows = [open_task_rows(dataclasses.replace(cfg, task_context_weight=weight), 256)
+          for weight in (0.0, 0.25)]
+  for number in range(20):
+    plain, row = (one.take(number, None) for one in rows)
+    answers = plain["weights"] > 0
+    np.testing.assert_array_equal(row["weights"][answers], plain["weights"][answers])
+    last = np.diff(row["segment_ids"], append=0) != 0      # of a sample: nothing follows it
+    assert (row["weights"][last] == 0).all()
+    assert (row["weights"][~answers & ~last] == 0.25).all()
+    np.testing.assert_array_equal(row["targets"][:-1][~last[:-1]], row["tokens"][1:][~last[:-1]])
 
 
 def test_rows_hold_training_samples(cfg):

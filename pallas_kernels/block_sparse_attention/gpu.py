@@ -20,10 +20,10 @@ from pallas_kernels.checks import NotCoveredError
 # union kernel's tile x block product takes the whole chip 6.5 ns, and a packed token of 4 heads,
 # with the sum of its part, 0.84 ns (LOG.md): break-even at 7.7 tokens.
 HOT_THRESHOLD = {4: 8, 8: 4, 16: 2}
-# At G = 16 a packed token costs 3.8 ns and a block that one token picked 1.4 + 3.6 in the split
-# kernel (LOG.md): singles are packed, but not in tiles that list at most 48 blocks (walks), so
-# that a layer of such tiles leaves the packed pass without work.
-SPLIT_DENSE_TILE = 0.33
+# At G = 16 a pick that no other token of the tile shares costs 4.2 ns in the split kernel and 3.8
+# to 5 packed (LOG.md), while a head's keys and values stay in the L2 cache: up to this many tokens
+# nothing is packed. Longer rows pack such picks, but not in tiles that list at most 48 blocks.
+SPLIT_ALL_TOKENS, SPLIT_DENSE_TILE = 32768, 0.33
 _LOG2E = 1.4426950408889634
 
 
@@ -44,13 +44,16 @@ def make_plan(block_indices, group, hot_threshold=None):
   group = padded_group(group)
   split = group == 16
   tokens = mosaic_gpu_split.tile_tokens(group) if split else mosaic_gpu.tile_tokens(group)
-  threshold = HOT_THRESHOLD[group] if hot_threshold is None else min(hot_threshold, tokens + 1)
+  if hot_threshold is None:
+    whole = split and block_indices.shape[2] <= SPLIT_ALL_TOKENS
+    hot_threshold = 1 if whole else HOT_THRESHOLD[group]
+  threshold = min(hot_threshold, tokens + 1)
   pad = -block_indices.shape[2] % 64
   block_indices = jnp.pad(block_indices, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=-1)
   config = index_plan.PlanConfig(
     tile_tokens=tokens, hot_threshold=threshold, longest_first=tokens == 32,
     list_multiple=1 if split else mosaic_gpu.UnionConfig().blocks_per_step,
-    **(dict(dense_tile=SPLIT_DENSE_TILE) if split else {}))
+    **(dict(dense_tile=SPLIT_DENSE_TILE, scattered=True) if split else {}))
   return index_plan.build_plan(block_indices, block_indices.shape[2] // 64, config)
 
 

@@ -23,6 +23,7 @@ from jax import lax
 _NONE = np.uint32(0xFFFFFFFF)
 PACKED_BITS = 32        # of a sort key that holds (row, block, class, token, slot)
 _WINDOW = 256           # tiles sorted by length together
+_SCATTER = 317          # of the hash that orders scattered lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,9 @@ class PlanConfig:
   block a program of the key-major kernels takes. `list_multiple` pads a tile's list to the number
   of blocks that the union kernel takes in a step. `longest_first` sorts a window of tiles by their
   lists, so that programs side by side take equally long: 3.5 % faster on an H200 for tiles of 32
-  tokens, 2.7 % slower for tiles of 8, whose neighbours share more.
+  tokens, 2.7 % slower for tiles of 8, whose neighbours share more. `scattered`: a list's blocks in
+  the order of a hash instead of ascending, so that blocks of one part of a tile come in no runs
+  that leave the split kernel's other warpgroups waiting.
   """
 
   tile_tokens: int = 32
@@ -45,6 +48,7 @@ class PlanConfig:
   backward_entries: int = 512
   dense_tile: float = 0.6
   longest_first: bool = True
+  scattered: bool = False
 
   def __post_init__(self):
     if self.tile_tokens not in (8, 16, 32):
@@ -92,7 +96,8 @@ class KeyMajorWork:
 class IndexPlan:
   """Tile unions, membership words and the inverse index of one set of picks.
 
-  blocks i32 [B,K,L,U]  hot blocks of tile l, the tile's own block first, then ascending
+  blocks i32 [B,K,L,U]  hot blocks of tile l, the tile's own block first, then ascending or
+                        `scattered`
   words  i32 [B,K,L,U]  bit i: token i of the tile picked it; 0 beyond the tile's count
   counts i32 [B,K,L]    steps of `list_multiple` blocks that hold the tile's list
   order  i32 [B,K,L]    the tiles in the order to run them
@@ -220,7 +225,10 @@ def build_plan(block_indices, num_blocks, config=None):
   # Union lists: each hot block once, by its first member; one sort of unique keys a tile.
   own = (jnp.arange(tiles, dtype=jnp.int32) * tile // 64)[:, None]
   leads = hot & ((words & (~words + 1)) == jnp.left_shift(1, entry // p).astype(jnp.uint32))
-  order = jnp.where(flat == own, 0, flat + 1)
+  order = flat
+  if config.scattered:                      # odd times modulo a power of two: one to one
+    order = flat * _SCATTER % (1 << (num_blocks - 1).bit_length())
+  order = jnp.where(flat == own, 0, order + 1)
   width = 1
   if config.has_hot:
     width = min(num_blocks, max(tile * p // config.hot_threshold, int(p / config.dense_tile)))
