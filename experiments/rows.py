@@ -33,7 +33,7 @@ def emit(row: dict, line: str, device: str | None = "here"):
 
 def commit() -> str:
   """What --commit says, or the short hash of the checkout, empty where there is none."""
-  if _COMMIT.value:
+  if flags.FLAGS.is_parsed() and _COMMIT.value:      # not parsed where a notebook calls
     return _COMMIT.value
   try:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
