@@ -10,7 +10,8 @@ work, which costs less time than the copies.
     scores [N,R] = q [N,H] x piece [R,H]^T      row r of a piece is slot r // K, KV head r % K
 
 One program per sequence: a loop over the steps that its position needs, copies one step ahead.
-Blocks that several KV heads picked are read once (`_union`).
+Blocks that several KV heads picked are read once (`_union`). What a query may not see is masked; of
+slots up to its position the kernel asks that the other KV heads' keys and values be finite.
 """
 
 import dataclasses
@@ -216,6 +217,7 @@ def _attend(q, k, v, position, layer, chosen=None, sinks=None, *, pieces, scale,
     without a visible slot hold anything), N' >= N; else None, None.
   """
   layers, batch, slots, kv_heads, width = k.shape
+  position = jnp.minimum(position, slots - 1)       # a full cache: no copy beyond its end
   heads, v_width = q.shape[2], v.shape[-1]
   padded = round_up(heads, 16)
   q = jnp.pad(q[:, 0], ((0, 0), (0, padded - heads), (0, 0)))
