@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 import sys
 
 import jax
@@ -19,6 +20,8 @@ from tests.tpu_interpret import race_detectors  # noqa: F401  (a fixture)
 
 GENERATIONS = ["v5e", "v5p", "v6e"] if sys.version_info >= (3, 12) else ["v5p"]
 SCALE = 0.1
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="libtpu is not published for this platform")
 oracle_reference = jitted(reference.cached_oracle_attention)
 sparse_reference = jitted(reference.cached_block_sparse_attention)
 
@@ -159,8 +162,8 @@ def test_only_picked_blocks_and_no_slot_beyond_the_cache_is_read(monkeypatch):
 
 @pytest.mark.parametrize("tokens, change, message", [
   (2, {}, "T=2; wanted T=1"), (1, dict(head_dim=64), "head dim 64; wanted 128 or 256"),
-  (1, dict(kv_heads=3), "K=3 of head dim 128; wanted 1, 2"),
-  (1, dict(kv_heads=2, head_dim=256), "K=2 of head dim 256"),
+  (1, dict(kv_heads=3), "K=3 of head dim 128; wanted 1, 2, 4, a multiple of 8"),
+  (1, dict(kv_heads=1, head_dim=256), "K=1 of head dim 256; wanted a multiple of 8"),
   (1, dict(kv_heads=1, slots=90), "S.K=90; wanted a multiple of 8"),
   (1, dict(block_size=12), "block_size=12; wanted a multiple of 8"),
   (1, dict(dtype="float16"), "q, k, v are float16")])
@@ -175,8 +178,7 @@ def test_limits_are_named(tokens, change, message):
       getattr(pallas_kernels, op)(q, k, v, *given, at, **options)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
-                    reason="libtpu is not published for this platform")
+@needs_libtpu
 @pytest.mark.parametrize("heads, kv_heads", [(32, 8), (64, 4)])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_compiles_at_128k_and_copies_no_cache(generation, heads, kv_heads):
@@ -199,3 +201,26 @@ def test_compiles_at_128k_and_copies_no_cache(generation, heads, kv_heads):
     assert f'kernel_name = "{kernel}"' in lowered.as_text()
     # A layer's keys are 32 MB or more; maxima and lists are some 100 kB.
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 2 << 20
+
+
+@needs_libtpu
+@pytest.mark.parametrize("head_dim, dtype, kv_heads", [
+  (width, dtype, n) for (width, dtype), free in mosaic_tpu.FREE_KV_HEADS.items() for n in free
+] + [(128, "bfloat16", 24), (256, "float32", 8)])
+def test_kv_heads_whose_cache_is_not_copied(head_dim, dtype, kv_heads):
+  """With head dim 256 blocks of 256, and of 8 with 128: the largest and the smallest."""
+  cache = jax.ShapeDtypeStruct((3, 2, 8_192, kv_heads, head_dim), dtype)
+  q = jax.ShapeDtypeStruct((2, 1, kv_heads, head_dim), dtype)
+  at, layer, blocks = (jax.ShapeDtypeStruct(shape, jnp.int32)
+                       for shape in ((2, 1), (), (2, kv_heads, 1, 4)))
+  options = dict(block_size=256 if head_dim == 256 else 8, implementation="mosaic_tpu")
+
+  def both(q, k, v, at, layer, blocks):
+    return (pallas_kernels.cached_oracle_attention(q, k, v, at, layer=layer, num_blocks=4,
+                                                   **options),
+            pallas_kernels.cached_block_sparse_attention(q, k, v, blocks, at, layer=layer,
+                                                         **options))
+
+  memory = tpu.compile_for("v5p", both, q, cache, cache, at, layer, blocks).memory_analysis()
+  one_layer = math.prod(cache.shape[1:]) * jnp.dtype(dtype).itemsize
+  assert memory.temp_size_in_bytes < one_layer // 2

@@ -35,6 +35,9 @@ PIECE_BYTES = 1 << 20     # of keys in one oracle step, at most: some 1 us of HB
 GROUP_BYTES = 1 << 19     # of keys in one block-sparse step
 MAX_PIECES = 8            # blocks of one block-sparse step
 MAX_KV_HEADS = 32         # a bit each
+# K, besides multiples of 8, for which a TPU has [S,K,H] and [S*K,H] in the same order, by H and
+# dtype; a test compiles them.
+FREE_KV_HEADS = {(128, "bfloat16"): (1, 2, 4), (128, "float32"): (1, 2, 4), (256, "bfloat16"): (1,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +157,11 @@ def _check(op, q, k, v, block_size):
   for width in (q.shape[3], v.shape[-1]):
     if width % 128:
       raise refuse(f"head dim {width}", "128 or 256")
-    if kv_heads % 8 and kv_heads not in ((1, 2, 4) if width == 128 else (1,)):
+    free = FREE_KV_HEADS.get((width, jnp.dtype(k.dtype).name), ())
+    if kv_heads % 8 and kv_heads not in free:
       raise refuse(f"K={kv_heads} of head dim {width}",
-                   "1, 2 (head dim 128), 4 (likewise) or a multiple of 8, for which the cache's "
-                   "[S,K,H] and [S*K,H] are the same bytes")
+                   "".join(f"{n}, " for n in free) + "a multiple of 8: for others [S*K,H] "
+                   "would be a copy of the cache")
   if slots * kv_heads % 8:
     raise refuse(f"S*K={slots * kv_heads}", "a multiple of 8")
   if block_size is not None and (block_size % 8 or block_size > 256):
