@@ -100,8 +100,7 @@ def _run_piece(preset: Preset, piece: Piece, workdir) -> bool:
     results = read_results(workdir, preset)
     rate = _key(one, results)[2]
     cfg = reproduce_plan.with_rate(one.cfg, rate)
-    done = [row for row in results
-            if (row["model"], row["seed"], row["rate"]) == _key(one, results)]
+    done = [row for row in results if _row_key(row) == _key(one, results)]
     if any(row["settings"] != _settings(cfg) for row in done):
       raise UserError(f"{workdir} holds {one.name} with other settings; give another --workdir, "
                       "or the same --set")
@@ -135,7 +134,11 @@ def _key(one: Run, results) -> tuple:
   rate = one.rate
   if rate is None:
     rate = reproduce_plan.tuned_rate(results, reproduce_plan.family(one.model))
-  return one.model, one.seed, rate
+  return one.model, one.seed, rate, one.again
+
+
+def _row_key(row) -> tuple:
+  return row["model"], row["seed"], row["rate"], row.get("again", False)   # the first rows had none
 
 
 def _settings(cfg) -> str:
@@ -150,7 +153,7 @@ def _row(preset, one: Run, cfg, rate, figures, folder) -> dict:
   account = accounting.account(cfg.model, max(preset.lengths))
   return {
     "preset": preset.name, "model": one.model, "seed": one.seed, "rate": rate,
-    "tuning": one.rate is not None, "train_loss": float(np.mean(tail)),
+    "tuning": one.rate is not None, "again": one.again, "train_loss": float(np.mean(tail)),
     "bits_per_byte": figures["bits_per_byte"], "heldout_loss": figures["heldout_loss"],
     "params": account.params, "body_params": reproduce_plan.body_params(cfg.model),
     "d_ff": cfg.model.d_ff, "kv_bytes_per_token": account.kv_bytes_per_token,
@@ -200,7 +203,7 @@ def show_pieces(preset: Preset, results, console: Console):
   table = Table("piece", "name", "body", "tokens", "PFLOP", "eval", "minutes", "",
                 box=box.SIMPLE_HEAD)
   table.columns[1].no_wrap, table.columns[1].min_width = True, 18
-  done = {(row["model"], row["seed"], row["rate"]) for row in results}
+  done = {_row_key(row) for row in results}
   total, notes = 0.0, set()
   for number, piece in enumerate(preset.pieces):
     flops = [reproduce_plan.predicted_flops(preset, one) for one in piece.runs]

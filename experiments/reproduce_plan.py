@@ -54,15 +54,17 @@ class Run(NamedTuple):
   rate: float | None     # a tuning run's multiple of the base rates; None: whatever tuning chose
   cfg: Config
   lengths: tuple[int, ...]   # of its recall tasks
+  again: bool = False    # the same run once more: what the device alone changes
 
   @property
   def name(self) -> str:
-    return f"{self.model}-s{self.seed}" + ("" if self.rate is None else f"-x{self.rate:g}")
+    return (f"{self.model}-s{self.seed}" + ("" if self.rate is None else f"-x{self.rate:g}")
+            + "-again" * self.again)
 
   @property
   def watched(self) -> bool:
     """Is it the run whose oracle is looked at?"""
-    return self.model == "hysparse" and self.seed == 0 and self.rate is None
+    return self.model == "hysparse" and self.seed == 0 and self.rate is None and not self.again
 
 
 class Piece(NamedTuple):
@@ -237,6 +239,8 @@ def _h200(overrides) -> Preset:
     f"{model}-s{seed}", (run_of(base, model, seed, lengths),))
   pieces += [one(model, 0) for model in HEADLINE]
   pieces += [one(model, seed) for seed in (1, 2) for model in HEADLINE]
+  pieces += [Piece("hysparse-s0-again", (run_of(base, "hysparse", 0, lengths)._replace(
+    again=True),))]
   pieces += [one(model, 0) for model in (*ABLATIONS, "hysparse_m3", "swa_m3", "hysparse_m5",
                                          "selected_512", "selected_256")]
   pieces += [one(model, 1) for model in ABLATIONS[:3]]

@@ -25,7 +25,8 @@ def write(preset: Preset, results: list[dict], overlap: list[dict], workdir) -> 
       parts.append(_models(models, seq_len, tokens))
     main = groups[preset.base.data.seq_len, reproduce_plan.tokens_of(preset.base)]
     if main:
-      parts += [_verdicts(preset, main), _plots(preset, main, workdir), _by_task(preset, main)]
+      parts += [_verdicts(preset, main), _identical(results, main, preset.lengths),
+                _plots(preset, main, workdir), _by_task(preset, main)]
   parts += [_tuning(results), _mechanism(overlap, workdir)]
   path = workdir / "report.md"
   path.write_text("\n\n".join(part for part in parts if part) + "\n")
@@ -38,7 +39,8 @@ def chosen_rows(results) -> dict[str, list[dict]]:
   for model in MODELS:
     rate = reproduce_plan.tuned_rate(results, reproduce_plan.family(model))
     rows = [row for row in results
-            if row["model"] == model and not row["tuning"] and row["rate"] == rate]
+            if row["model"] == model and not row["tuning"] and row["rate"] == rate
+            and not row.get("again")]
     if rows:
       final[model] = sorted(rows, key=lambda row: row["seed"])
   return final
@@ -61,9 +63,11 @@ def _head(preset, results, final):
   kinds = {name: sorted({str(row[name]) for row in results})
            for name in ("device", "jax", "commit")}
   cfg = preset.base
+  repeated = {(row["model"], row["seed"]) for row in results if row.get("again")}
   missing = [piece.name for piece in preset.pieces for run in piece.runs
-             if run.rate is None and not any(row["seed"] == run.seed
-                                             for row in final.get(run.model, ()))]
+             if run.rate is None and not (
+               (run.model, run.seed) in repeated if run.again else
+               any(row["seed"] == run.seed for row in final.get(run.model, ())))]
   lines = [
     f"# HySparse, reproduced small: preset `{preset.name}`", "",
     f"    python -m experiments.reproduce --preset={preset.name}", "",
@@ -140,6 +144,20 @@ def _verdicts(preset, models):
       lines.append(f"| {claim.text} | {name} | {show(found.difference)} | "
                    f"{show(found.error).replace('+', '±')} | **{found.outcome}**: {found.reason} |")
   return "\n".join(lines)
+
+
+def _identical(results, models, lengths):
+  """What a run made twice, with the same seed, differs by."""
+  lines = []
+  for again in (row for row in results if row.get("again")):
+    for row in models.get(again["model"], ()):
+      if (row["seed"], row["rate"]) == (again["seed"], again["rate"]):
+        bits = abs(row["bits_per_byte"] - again["bits_per_byte"])
+        points = [abs(mean_recall(row, [n]) - mean_recall(again, [n])) for n in lengths]
+        lines.append(f"`{row['model']}`, seed {row['seed']}, trained twice on {row['device']}: "
+                     f"bits per byte differ by {bits:.4f}, mean recall by at most "
+                     f"{max(points):.1f} points at any length.")
+  return "\n".join(["## Two identical runs", "", *lines]) if lines else ""
 
 
 def _plots(preset, models, workdir):

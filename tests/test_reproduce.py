@@ -205,7 +205,8 @@ def test_the_report_decides_from_the_rows(tmp_path):
       cells = [level] * len(run.lengths)
       results.append({
         "preset": "h200", "model": run.model, "seed": run.seed, "rate": run.rate or 1.0,
-        "tuning": run.rate is not None, "train_loss": 2.0 + (run.rate or 1.0) ** 2,
+        "tuning": run.rate is not None, "again": run.again,
+        "train_loss": 2.0 + (run.rate or 1.0) ** 2,
         "bits_per_byte": 1.2 + 0.001 * rng.standard_normal(), "kv_bytes_total": 10**8,
         "kv_bytes_per_token": 1, "kv_tokens": 32768, "body_params": 39_000_000, "device": "made up",
         "jax": "0", "commit": "", "tokens_per_second": 1e5, "seq_len": run.cfg.data.seq_len,
@@ -227,6 +228,15 @@ def test_the_report_decides_from_the_rows(tmp_path):
   assert "99.0" not in "\n".join(lines)
   assert any(line.startswith("| full | 2.2500 | 3.0000 | 6.0000 | x0.5") for line in lines)
   assert sum(line.startswith("## Models") for line in lines) == 2       # rows of 8,192 and of 2,048
+  first, again = (next(row for row in results if row["model"] == "hysparse" and row["seed"] == 0
+                       and not row["tuning"] and row["again"] == flag) for flag in (False, True))
+  bits = abs(first["bits_per_byte"] - again["bits_per_byte"])
+  points = 100 * abs(first["recall"]["vt"][0] - again["recall"]["vt"][0])
+  assert (f"`hysparse`, seed 0, trained twice on made up: bits per byte differ by {bits:.4f}, mean "
+          f"recall by at most {points:.1f} points at any length.") in lines
+  assert any(line.startswith("| hysparse | ") and line.endswith("| 3 |") for line in lines)
+  report = reproduce_report.write(plan, [row for row in results if not row["again"]], [], tmp_path)
+  assert "Not run yet: hysparse-s0-again." in report.read_text()
 
 
 @pytest.mark.parametrize("arguments, message", [
