@@ -8,7 +8,6 @@ Says for each step what a device needs of its memory, and fails where the TPU co
 of a kernel, HBM of the step. `libtpu` (requirements-dev.txt) is the compiler. Nothing runs.
 """
 
-import dataclasses
 import json
 import time
 
@@ -74,9 +73,6 @@ def main(argv):
   unknown = sorted(set(_STEP.value) - set(STEPS))
   if unknown:
     raise UserError(f"--step: got {','.join(unknown)}, want some of {', '.join(STEPS)}")
-  if cfg.model.implementation is None:      # what None means on a TPU; here it would mean the CPU's
-    cfg = dataclasses.replace(
-      cfg, model=dataclasses.replace(cfg.model, implementation="mosaic_tpu"))
   try:
     devices = tpu.topology(_TOPOLOGY.value).devices
   except (RuntimeError, ValueError) as error:

@@ -44,6 +44,8 @@ TOKENS = ("batch", "seq")
 STREAM = ("batch", "seq", None)
 HEADS = ("batch", "seq", "heads", None)
 KV = ("batch", "seq", "kv_heads", None)
+LAYER_KV = (None, *KV)   # of the cache: layers stacked in front
+INDEX = ()
 PICKED = ("batch", "kv_heads", "seq", None)
 SHARDS = ("shard",)   # of a plan: whatever each device's kernels need, stacked
 
@@ -136,9 +138,10 @@ class FullLayer(Attention):
     else:
       cache = kv_cache.append_full(cache, block, k, v, rows.positions, rows.valid)
       shared = SharedKV(cache.full_k[block], cache.full_v[block])
-      attend = lambda q, k, v, positions: cached_oracle_attention(q, k, v, positions, **options)
-      o, picked = per_device(attend, (HEADS, KV, KV, TOKENS), (HEADS, PICKED))(
-        q, *shared, rows.positions)
+      attend = lambda q, k, v, positions, block: cached_oracle_attention(
+        q, k, v, positions, layer=block, **options)
+      o, picked = per_device(attend, (HEADS, LAYER_KV, LAYER_KV, TOKENS, INDEX), (HEADS, PICKED))(
+        q, cache.full_k, cache.full_v, rows.positions, block)
     if num_blocks and cfg.block_choice != "oracle":
       picked, cache = self._replaced(picked, rows, num_blocks, shared, cache, block)
     picked = checkpoint_name(picked, "block_indices")   # saved, so never recomputed differently
@@ -250,10 +253,11 @@ class SparseLayer(Attention):
     sinks = ("heads",)
     o = 0
     if cfg.has_sparse_branch:
-      op = lambda q, k, v, ix, positions, sink: cached_block_sparse_attention(
-        q, k, v, ix, positions, block_size=cfg.block_size, sinks=sink)
-      o = gate_sparse * per_device(op, (HEADS, KV, KV, PICKED, TOKENS, sinks), HEADS)(
-        q, *shared, picked, rows.positions, sink_sparse)
+      op = lambda q, k, v, ix, positions, sink, block: cached_block_sparse_attention(
+        q, k, v, ix, positions, block_size=cfg.block_size, sinks=sink, layer=block)
+      names = (HEADS, LAYER_KV, LAYER_KV, PICKED, TOKENS, sinks, INDEX)
+      o = gate_sparse * per_device(op, names, HEADS)(
+        q, cache.full_k, cache.full_v, picked, rows.positions, sink_sparse, block)
     if cfg.has_local_branch:
       if self.owns_kv:
         ring_k, ring_v = cache.ring_k[block, layer], cache.ring_v[block, layer]

@@ -26,13 +26,21 @@ def pick(op, implementation, available, by_platform):
     NotImplementedError: `implementation` does not exist for this op.
   """
   if implementation is None:
-    names = (*by_platform.get(jax.default_backend(), ()), REFERENCE)
+    names = (*by_platform.get(_platform(), ()), REFERENCE)
     return functools.partial(_first_that_covers, op, names, available)
   if implementation not in available:
     raise NotImplementedError(
       f"{op}: implementation={implementation!r} does not exist; use one of "
       f"{', '.join(map(repr, sorted(available)))}, or None to pick by platform")
   return available[implementation]
+
+
+def _platform():
+  """The platform that is traced for: of the mesh's devices, which may be absent ones
+  (`tpu.topology`), or the default backend where no mesh is set.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def _first_that_covers(op, names, available, *args, **options):

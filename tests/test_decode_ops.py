@@ -111,6 +111,25 @@ def test_one_token_reads_only_the_picked_blocks():
   assert flops(512) == flops(65_536) > 0
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_layer_of_a_stack_is_that_layer(tokens):
+  s = SHAPES["small"]
+  q, k, v = cache(s, 15, tokens)
+  at = jnp.asarray(positions(starts_of(s, tokens), tokens))
+  stack = [jnp.full((3, *x.shape), jnp.nan).at[1].set(x) for x in (k, v)]
+  options = dict(block_size=s.block_size)
+  out, indices = cached_oracle_attention(q, k, v, at, num_blocks=s.num_blocks, **options)
+  got, got_indices = cached_oracle_attention(q, *stack, at, num_blocks=s.num_blocks,
+                                             layer=jnp.int32(1), **options)
+  assert_close(got, out, "attention_routes_f32")
+  np.testing.assert_array_equal(got_indices, indices)
+  sparse = cached_block_sparse_attention(q, k, v, indices, at, **options)
+  assert_close(cached_block_sparse_attention(q, *stack, indices, at, layer=jnp.int32(1), **options),
+               sparse, "attention_routes_f32")
+  with pytest.raises(ValueError, match=r"k has shape .*; wanted \[C,B=3,S,K,H=16\]"):
+    cached_oracle_attention(q, k, v, at, layer=jnp.int32(1))
+
+
 def ring_of(x, first, window):
   """Slot p % window holds the newest position p < first; NaN where there is none."""
   ring = np.full((x.shape[0], window, *x.shape[2:]), np.nan, np.float32)

@@ -11,9 +11,10 @@ from pallas_kernels.masked_attention import masked_attention, query_chunks
 from pallas_kernels.windowed_attention import windowed_attention
 
 
-def cached_oracle_attention(q, k, v, query_positions, *, block_size, num_blocks, scale):
+def cached_oracle_attention(q, k, v, query_positions, *, block_size, num_blocks, scale,
+                            layer=None):
   """`oracle_attention` of queries at given positions over slots 0..position; see `api.py`."""
-  k, v = _written(k, v, query_positions)
+  k, v = _written(k, v, query_positions, layer)
   if num_blocks:
     padding = [(0, 0), (0, -k.shape[1] % block_size), (0, 0), (0, 0)]
     k, v = jnp.pad(k, padding), jnp.pad(v, padding)
@@ -31,7 +32,7 @@ def cached_oracle_attention(q, k, v, query_positions, *, block_size, num_blocks,
 
 
 def cached_block_sparse_attention(q, k, v, block_indices, query_positions, *, block_size, sinks,
-                                  scale):
+                                  scale, layer=None):
   """`block_sparse_attention` of queries at given positions over cached slots; see `api.py`.
 
   One query per row (T=1) gathers its P blocks and costs the same whatever the cache's length.
@@ -39,8 +40,8 @@ def cached_block_sparse_attention(q, k, v, block_indices, query_positions, *, bl
   queries = {"q": q.astype(jnp.float32) * scale, "position": query_positions,
              "blocks": block_indices.transpose(0, 2, 1, 3)}
   if q.shape[1] == 1:
-    return _gathered_attention(queries, k, v, block_size, sinks).astype(q.dtype)
-  k, v = _written(k, v, query_positions)
+    return _gathered_attention(queries, k, v, block_size, sinks, layer).astype(q.dtype)
+  k, v = _written(k, v, query_positions, layer)
   slots = jnp.arange(k.shape[1], dtype=jnp.int32)
 
   def attend(queries, keys):
@@ -74,26 +75,29 @@ def cached_sliding_window_attention(q, k_ring, v_ring, k_new, v_new, query_posit
   return windowed_attention(queries, keys, window=window, sinks=sinks).astype(q.dtype)
 
 
-def _written(k, v, query_positions):
-  """k and v in float32, with every slot after the last query's position set to 0."""
+def _written(k, v, query_positions, layer):
+  """k and v [B,S,K,.] in float32, with every slot after the last query's position set to 0."""
+  if layer is not None:
+    k, v = k[layer], v[layer]
   slots = jnp.arange(k.shape[1], dtype=jnp.int32)
   written = (slots <= query_positions.max(axis=1, keepdims=True))[..., None, None]
   return tuple(jnp.where(written, x, 0).astype(jnp.float32) for x in (k, v))
 
 
-def _gathered_attention(queries, k, v, block_size, sinks):
+def _gathered_attention(queries, k, v, block_size, sinks, layer):
   """The T=1 path: k, v [B,S,K,H] are read at the picked blocks' slots only."""
-  batch, num_keys, kv_heads, _ = k.shape
+  batch, num_keys, kv_heads, _ = k.shape[-4:]
   blocks = queries["blocks"][:, 0]                                     # [B,K,P]
   slots = blocks[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)
   position = queries["position"][:, :, None, None]
   visible = (blocks[..., None] >= 0) & (slots < num_keys) & (slots <= position)
   slots, visible = slots.reshape(batch, kv_heads, -1), visible.reshape(batch, kv_heads, -1)
 
-  def gather(x):      # [B,S,K,H] -> [B,P*block_size,K,H]
+  def gather(x):      # [B,S,K,H], or [C,B,S,K,H] with a layer -> [B,P*block_size,K,H]
     rows = jnp.arange(batch)[:, None, None]
     heads = jnp.arange(kv_heads)[:, None]
-    x = x[rows, jnp.clip(slots, 0, num_keys - 1), heads]
+    at = rows, jnp.clip(slots, 0, num_keys - 1), heads
+    x = x[at] if layer is None else x[layer, *at]
     return jnp.where(visible[..., None], x, 0).astype(jnp.float32).transpose(0, 2, 1, 3)
 
   return masked_attention(queries["q"], gather(k), gather(v), visible[:, :, None], sinks=sinks)[0]
