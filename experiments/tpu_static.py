@@ -16,6 +16,8 @@ import tempfile
 
 from pallas_kernels import tpu
 
+# A kernel outside of every loop carries the transformations around it: transpose_jvp_NAME__.1.
+_WITHIN = "(?:(?:transpose|jvp)_)*"
 _LINE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{")
 
 
@@ -75,9 +77,9 @@ def spans(directory, kernel, minimum=1):
 
 def launches(directory, kernel):
   """Names, for `spans`, of the launches that a kernel is cut into: `kernel`, and `kernel`_part."""
-  found = [re.search(rf"\d-({re.escape(kernel)}(?:_part)?(?:\.\d+)*)-\d+-final_bundles.txt$", f)
-           for f in sorted(glob.glob(f"{directory}/*"))]
-  return [match.group(1) for match in found if match]
+  found = [re.search(rf"\d-{_WITHIN}({re.escape(kernel)}(?:_part)?)_*((?:\.\d+)*)-\d+"
+                     r"-final_bundles.txt$", f) for f in sorted(glob.glob(f"{directory}/*"))]
+  return [match.group(1) + match.group(2) for match in found if match]
 
 
 def vmem_bytes(directory, kernel):
@@ -88,9 +90,11 @@ def vmem_bytes(directory, kernel):
 
 
 def _dumped(directory, kernel, suffix):
-  # The compiler adds ".1" and the like to a kernel's name.
+  # The compiler adds ".1" and the like to a kernel's name, whose end `launches` may name.
+  name, _, number = kernel.partition(".")
+  number = rf"\.{re.escape(number)}" if number else r"(\.\d+)*"
   found = [f for f in glob.glob(f"{directory}/*{suffix}")
-           if re.search(rf"\d-{re.escape(kernel)}(\.\d+)*-\d+-{suffix}$", f)]
+           if re.search(rf"\d-{_WITHIN}{re.escape(name)}_*{number}-\d+-{suffix}$", f)]
   if len(found) != 1:
     raise RuntimeError(f"kernel {kernel!r}: the dump has {len(found)} schedules, wanted 1")
   return found[0]

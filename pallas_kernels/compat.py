@@ -29,13 +29,13 @@ def cast(x, layout, interpret=None):
   return x if interpret is not None else plgpu.layout_cast(x, layout)
 
 
-def load(ref, layout, interpret=None):
-  """Reads a whole ref into registers as `layout`, by plain loads where no fast path exists."""
+def load(ref, layout, interpret=None, optimized=False):
+  """Reads a whole ref into registers as `layout`; `optimized`: there is a fast path, or it fails."""
   if interpret is not None:
     return ref[...]
   if JAX_VERSION >= (0, 11, 0):
-    return plgpu.load(ref, layout=layout, optimized=False)
-  return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=optimized)
+  return plgpu.load(ref, (), layout=layout, optimized=optimized)
 
 
 def mosaic_gpu_kernel(body, *, out, scratch, interpret=None, **kwargs):

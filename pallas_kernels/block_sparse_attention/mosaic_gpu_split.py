@@ -77,8 +77,7 @@ def needs_no_maximum(queries, norms, largest_key, interpret):
 
   queries: ref [ROWS,H]; norms: f32 [ROWS] of shared memory to use; largest_key: of `largest_keys`.
   """
-  x = queries[...] if interpret else plgpu.load(queries, layout=_FULL)
-  x = x.astype(jnp.float32)
+  x = compat.load(queries, _FULL, interpret, optimized=True).astype(jnp.float32)
   norms[...] = (x * x).sum(axis=1)
   plgpu.commit_smem()
   most = norms[0]
