@@ -30,7 +30,10 @@ def cast(x, layout, interpret=None):
 
 
 def load(ref, layout, interpret=None, optimized=False):
-  """Reads a whole ref into registers as `layout`; `optimized`: there is a fast path, or it fails."""
+  """Reads a whole ref into registers as `layout`.
+
+  optimized: raise where there is no fast path; False: plain loads there.
+  """
   if interpret is not None:
     return ref[...]
   if JAX_VERSION >= (0, 11, 0):
