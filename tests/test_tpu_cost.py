@@ -1,6 +1,7 @@
 """Schedules read from the TPU compiler's dump, and what is counted from them."""
 
 import importlib.util
+import pathlib
 
 import pytest
 
@@ -66,3 +67,19 @@ def test_the_oracle_costs_little_more_than_the_same_attention_without_it():
 def test_a_compiler_error_is_passed_on():
   with pytest.raises(RuntimeError, match="nowhere"):
     tpu_static.dump("nowhere", len, [])
+
+
+def test_kernels_are_found_in_a_dump(tmp_path):
+  """Under loops and outside, with the compiler's numbers; never one whose name ends alike."""
+  for name in ("transpose_jvp_attention_backward__.1", "oracle_attention_forward.1", "sparse_part.2",
+               "sparse_part.3"):
+    (tmp_path / f"17-{name}-72-final_bundles.txt").touch()
+    (tmp_path / f"17-{name}-71-schedule-analysis_final_bundles.txt").touch()
+  found = lambda name: pathlib.Path(
+    tpu_static._dumped(tmp_path, name, "final_bundles.txt")).name.split("-")[1]
+  assert found("attention_backward") == "transpose_jvp_attention_backward__.1"
+  assert found("oracle_attention_forward") == "oracle_attention_forward.1"
+  assert tpu_static.launches(tmp_path, "sparse") == ["sparse_part.2", "sparse_part.3"]
+  assert found("sparse_part.3") == "sparse_part.3"
+  with pytest.raises(RuntimeError, match="'attention_forward': the dump has 0 schedules"):
+    found("attention_forward")
