@@ -71,8 +71,8 @@ def test_a_compiler_error_is_passed_on():
 
 def test_kernels_are_found_in_a_dump(tmp_path):
   """Under loops and outside, with the compiler's numbers; never one whose name ends alike."""
-  for name in ("transpose_jvp_attention_backward__.1", "oracle_attention_forward.1", "sparse_part.2",
-               "sparse_part.3"):
+  for name in ("transpose_jvp_attention_backward__.1", "oracle_attention_forward.1",
+               "sparse_part.2", "sparse_part.3"):
     (tmp_path / f"17-{name}-72-final_bundles.txt").touch()
     (tmp_path / f"17-{name}-71-schedule-analysis_final_bundles.txt").touch()
   found = lambda name: pathlib.Path(
