@@ -1,6 +1,6 @@
 # make quickstart   trains a tiny HySparse and its full-attention twin, about 3 minutes on two cores
 # make test         all tests that need no accelerator
-# make test-gpu     kernel tests on an NVIDIA GPU of compute capability 9.0 (JOBS=10: some 7 minutes)
+# make test-gpu     kernel tests on an NVIDIA GPU of compute capability 9.0
 # make lint         ruff
 # make golden       rewrites the golden config files after a deliberate change
 # Each makes its virtual environment if it is missing. Another interpreter:
