@@ -37,7 +37,7 @@ HEADLINE = ("full", "swa", "hysparse")
 ABLATIONS = ("no_local", "shared_local_kv", "random", "previous")
 
 RATES = (0.5, 1.0, 2.0)      # of the base learning rates: the grid that every family is tuned on
-TUNE_SHARE = 0.2             # of the steps that a tuning run takes
+TUNE_SHARE = 0.4             # of the steps that a tuning run takes
 
 # For predictions only: what an H200 is hoped to reach, and what a run takes besides.
 PEAK_FLOPS, UTILISATION = 790e12, 0.35
@@ -133,12 +133,16 @@ def matched(cfg: ModelConfig, wanted: int) -> ModelConfig:
 
 def run_of(base: Config, model: str, seed: int, lengths, *, rate: float | None = None,
            steps: int | None = None) -> Run:
-  """A model of a preset with the parameters of the preset's full-attention model."""
+  """A model of a preset with the parameters of the preset's full-attention model.
+
+  `steps` instead of the preset's shorten the growth of the task samples alike.
+  """
   target = body_params(dataclasses.replace(base.model, attention="full"))
   cfg = config.override(base, *MODELS[model][1], f"train.seed={seed}", f"data.seed={seed}")
   cfg = dataclasses.replace(cfg, model=matched(cfg.model, target))
   if steps is not None:
-    cfg = config.override(cfg, f"train.steps={steps}")
+    growth = round(cfg.data.task_warmup_steps * steps / cfg.train.steps)
+    cfg = config.override(cfg, f"train.steps={steps}", f"data.task_warmup_steps={growth}")
   return Run(model, seed, rate, cfg, tuple(lengths))
 
 
@@ -215,21 +219,22 @@ def _smoke(overrides) -> Preset:
 
 
 def _h200(overrides) -> Preset:
-  """25 layers (full ones: 0, 12 and 24 at 1:11), 42M parameters in the body, 34M tokens a model."""
+  """13 layers (full ones: 0 and 12 at 1:11), 39M parameters in the body, 42M tokens a model."""
   base = Config(
     model=ModelConfig(
-      vocab_size=1024, num_layers=25, d_model=384, num_heads=8, num_kv_heads=2, head_dim=64,
-      d_ff=1024, sparse_per_full=11, block_size=64, selected_tokens=1024, window=128, qk_norm=True,
+      vocab_size=1024, num_layers=13, d_model=512, num_heads=8, num_kv_heads=2, head_dim=64,
+      d_ff=1536, sparse_per_full=11, block_size=64, selected_tokens=1024, window=128, qk_norm=True,
       rope_base=640_000.0, dtype="bfloat16", remat="layer"),
     data=DataConfig(source="python_packages", heldout_fraction=0.01, seq_len=8192, batch_size=4,
-                    task_share=0.5, task_ids=768, task_positions=32_768),
-    optim=OptimConfig(optimizer="muon", lr=3e-3, muon_lr=2e-2, warmup_steps=60,
+                    task_share=0.5, task_ids=768, task_positions=32_768, task_warmup_steps=640),
+    optim=OptimConfig(optimizer="muon", lr=2e-3, muon_lr=1.4e-2, warmup_steps=60,
                       decay_fraction=0.3),
-    train=TrainConfig(steps=1024, log_every=16, eval_every=0, eval_batches=16,
+    train=TrainConfig(steps=1280, log_every=16, eval_every=0, eval_batches=16,
                       checkpoint_every=0, spike_factor=0.0))
   base = config.override(base, *overrides)
   short = config.override(base, "data.seq_len=2048", "data.batch_size=16", "train.steps=320",
-                          "model.selected_tokens=512", "data.task_positions=8192")
+                          "model.selected_tokens=512", "data.task_positions=8192",
+                          "data.task_warmup_steps=160")
   lengths = (2048, 4096, 8192, 16_384, 32_768)
   tune = round(base.train.steps * TUNE_SHARE)
   pieces = [Piece(f"tune-{model}-x{rate:g}", (

@@ -78,7 +78,9 @@ def _head(preset, results, final):
     f"(all of a row's answers together {cfg.data.task_weight:g} of a text row's weight), the rest "
     f"is Python source as bytes (`data.source={cfg.data.source}`). Parameters outside embedding "
     "and head agree within 1 %, by the width of the FFN. Positions of task rows are spread over "
-    f"up to {cfg.data.task_positions:,} (PoSE), so that longer contexts are not unseen distances.",
+    f"up to {cfg.data.task_positions:,} (PoSE), so that longer contexts are not unseen distances. "
+    f"Task samples grow from 64 tokens to whole rows over {cfg.data.task_warmup_steps:,} of "
+    f"{cfg.train.steps:,} steps.",
     "", "; ".join(f"{name}: {', '.join(values) or '-'}" for name, values in kinds.items()) + "."]
   if missing:
     lines += ["", f"Not run yet: {', '.join(missing)}."]

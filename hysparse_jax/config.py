@@ -214,13 +214,14 @@ class DataConfig(_Checked):
   task_weight: float = 1.0            # loss weight of a task row's answers; a full text row has 1
   task_context_weight: float = 0.0    # of every other token of a task row; a text token has 1
   task_positions: int = 0             # positions a task sample spreads over; 0: as many as tokens
+  task_warmup_steps: int = 0          # while task samples grow from 64 tokens to seq_len
 
   def __post_init__(self):
     self._check_choices()
     self._check_at_least(2, "seq_len")
     self._check_at_least(1, "batch_size", "task_ids")
     self._check_at_least(0, "workers", "seed", "task_weight", "task_context_weight",
-                         "task_positions")
+                         "task_positions", "task_warmup_steps")
     self._check_unit_interval("task_share")
     _require(0.0 < self.heldout_fraction < 1.0,
              f"data.heldout_fraction is {self.heldout_fraction}; it must be between 0 and 1")

@@ -95,7 +95,7 @@ class TrainStream:
     if cfg.task_share:
       self.fingerprint |= {name: str(getattr(cfg, name)) for name in (
         "task_share", "tasks", "task_ids", "task_weight", "task_context_weight",
-        "task_positions")}
+        "task_positions", "task_warmup_steps")}
 
   def batch(self, step: int) -> Batch:
     """This host's slice of the batch of `step`, [B / process_count, T]."""

@@ -1,8 +1,9 @@
 """Rows of recall tasks for training, made by the generator that evaluation uses.
 
 A row is cut into equal pieces, T, T/2, T/4, ... tokens each, one sample to a piece, each a document
-of its own. Answers carry loss, and the tokens before them `context_weight` each. As a function of
-(seed, row number) rows can be made anywhere, in any order.
+of its own. The first rows can be kept to short pieces: many small puzzles a step, from which recall
+is learned long before it is from a few long ones. Answers carry loss, and the tokens before them
+`context_weight` each. As a function of (seed, row number) rows can be made anywhere, in any order.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ class TaskRows:
     weight: that a row's answers have together, as a share of T text tokens.
     context_weight: of each other token that a sample goes on from; a text token has 1.
     positions: samples are spread over up to this many positions; 0: none is skipped.
+    warmup: rows during which the longest piece doubles at equal intervals, up to T.
   """
 
   ids: Ids
@@ -42,6 +44,7 @@ class TaskRows:
   weight: float
   context_weight: float
   positions: int
+  warmup: int
 
   def levels(self) -> dict[int, tuple[str, ...]]:
     """Piece length -> the tasks that fit into it."""
@@ -57,7 +60,10 @@ class TaskRows:
     rng, jumps = (np.random.default_rng((kind, self.seed, number))
                   for kind in (2, 3))                       # 0 and 1 are splits of `token_tasks`
     levels = self.levels()
-    length = list(levels)[rng.integers(len(levels))]
+    allowed = len(levels)
+    if number < self.warmup:
+      allowed = 1 + number * len(levels) // self.warmup
+    length = list(levels)[-allowed:][rng.integers(allowed)]
     pieces = self.seq_len // length
     row = {name: np.zeros(self.seq_len, np.int32)
            for name in ("tokens", "targets", "segment_ids", "positions")}
@@ -112,7 +118,8 @@ def open_task_rows(cfg: DataConfig, text_size: int) -> TaskRows | None:
     raise UserError(f"data.task_ids is {cfg.task_ids}; the tasks need at least "
                     f"{token_tasks.MIN_IDS}")
   rows = TaskRows(Ids(text_size, cfg.task_ids), tasks, cfg.seq_len, cfg.seed, cfg.task_weight,
-                  cfg.task_context_weight, cfg.task_positions)
+                  cfg.task_context_weight, cfg.task_positions,
+                  warmup=task_rows_before(cfg.task_warmup_steps * cfg.batch_size, cfg.task_share))
   if not rows.levels():
     raise UserError(f"data.seq_len={cfg.seq_len} is too short for every task of data.tasks; "
                     f"give at least {SHORTEST}")
@@ -124,9 +131,13 @@ def split_row(number: int, share: float) -> tuple[bool, int]:
 
   Exact: of any 1000 consecutive rows round(1000 * share) are task rows, spread evenly.
   """
-  parts = round(share * SHARE_STEPS)
-  before, after = number * parts // SHARE_STEPS, (number + 1) * parts // SHARE_STEPS
+  before, after = (task_rows_before(n, share) for n in (number, number + 1))
   return after > before, before if after > before else number - before
+
+
+def task_rows_before(number: int, share: float) -> int:
+  """How many of the first `number` rows of the mixture are task rows."""
+  return number * round(share * SHARE_STEPS) // SHARE_STEPS
 
 
 @functools.lru_cache(maxsize=8)

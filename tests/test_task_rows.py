@@ -61,6 +61,20 @@ def test_answers_alone_have_weight(cfg):
   assert lengths == {64, 128, 256, 512}
 
 
+def test_samples_grow_during_warmup(cfg):
+  """12 steps of 3 task rows, four lengths: nine rows until each next length joins."""
+  rows = open_task_rows(dataclasses.replace(cfg, task_warmup_steps=12), 256)
+  plain = open_task_rows(cfg, 256)
+  length = lambda number: T // rows.take(number, None)["segment_ids"].max()
+  lengths = [length(number) for number in range(36)]
+  for longest, start in zip((64, 128, 256, 512), range(0, 36, 9)):
+    assert max(lengths[start:start + 9]) == longest
+  assert set(lengths[:9]) == {64} and len(set(lengths[27:])) > 1
+  for number in range(36, 46):
+    for name, value in plain.take(number, None).items():
+      np.testing.assert_array_equal(rows.take(number, None)[name], value)
+
+
 def test_context_weighs_what_it_is_told_to(cfg):
   rows = [open_task_rows(dataclasses.replace(cfg, task_context_weight=weight), 256)
           for weight in (0.0, 0.25)]
