@@ -26,10 +26,12 @@ from pallas_kernels.hybrid_sparse_attention import reference as hybrid_reference
 from pallas_kernels.sliding_window_attention import gpu as window_gpu
 from pallas_kernels.sliding_window_attention import reference as window_reference
 from tests import triton_interpreter
+from tests.attention_inputs import jitted
 
 # ||got - want|| / ||want||: the operands and the stored parts are rounded to 8 (bf16) or 11 (f16)
 # bits, each product's error is independent, and norms average them.
 RELATIVE = {"bfloat16": 5e-3, "float16": 7e-4}
+make_plan = jax.jit(gpu.make_plan, static_argnums=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +77,24 @@ def compare(run, reference_run, arguments, dout, dtype):
   """Forward and gradients of `run` against the reference's in float32; returns what `run` gave."""
   out, pullback = jax.vjp(run, *arguments)
   grads = pullback(dout)
-  single = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
-  want, reference_pullback = jax.vjp(reference_run, *single)
+
+  @jax.jit
+  def expected(arguments, dout):
+    want, pullback = jax.vjp(reference_run, *arguments)
+    return want, pullback(dout)
+
+  want, want_grads = expected(*jax.tree.map(lambda x: x.astype(jnp.float32), (arguments, dout)))
   name = jnp.dtype(dtype).name
   assert out.dtype == dtype
   assert relative(out, want) < RELATIVE[name]
-  for got, expected in zip(grads, reference_pullback(dout.astype(jnp.float32))):
-    assert relative(got, expected) < 2 * RELATIVE[name]
+  for got, want_grad in zip(grads, want_grads, strict=True):
+    assert relative(got, want_grad) < 2 * RELATIVE[name]
   return out, grads
 
 
 def check_plan(picks, config, blocks):
-  plan = jax.tree.map(np.asarray, index_plan.build_plan(jnp.asarray(picks), blocks, config))
+  build = jax.jit(lambda picks: index_plan.build_plan(picks, blocks, config))
+  plan = jax.tree.map(np.asarray, build(picks))
   batch, kv_heads, tokens, width = picks.shape
   tile = config.tile_tokens
   for b, k in np.ndindex(batch, kv_heads):
@@ -171,21 +179,27 @@ def test_plan_names_what_it_cannot_do():
     mosaic_gpu_split.SplitConfig(slots=6)
   with pytest.raises(ValueError, match="ahead"):
     mosaic_gpu_split.SplitConfig(ahead=5)
-  plan = gpu.make_plan(jnp.zeros((1, 1, 128, 4), jnp.int32), 4)
+  plan = make_plan(jnp.zeros((1, 1, 128, 4), jnp.int32), 4)
   array = lambda heads: jnp.zeros((1, 128, heads, 64), jnp.bfloat16)
   with pytest.raises(ValueError, match="tiles of 32 tokens"):
     mosaic_gpu_split.split_forward(array(16), array(1), array(1), plan, scale=1.0)
 
 
-def run_hot(q, k, v, indices, config, **options):
-  """out and lse of the union or split kernel, interpreted, with every pick hot."""
-  group, split = q.shape[2] // k.shape[2], isinstance(config, mosaic_gpu_split.SplitConfig)
-  plan = index_plan.build_plan(indices, q.shape[1] // 64, index_plan.PlanConfig(
+def hot_kernel(group, config):
+  """The union or split kernel, interpreted, with every pick hot; gives out and lse, compiled."""
+  split = isinstance(config, mosaic_gpu_split.SplitConfig)
+  plan_config = index_plan.PlanConfig(
     tile_tokens=(mosaic_gpu_split if split else mosaic_gpu).tile_tokens(group), hot_threshold=1,
-    list_multiple=1 if split else config.blocks_per_step, scattered=split))
-  run = mosaic_gpu_split.split_forward if split else mosaic_gpu.union_forward
-  return run(q, k, v, plan, scale=0.125, config=config, interpret=compat.InterpretGPUParams(),
-             **options)
+    list_multiple=1 if split else config.blocks_per_step, scattered=split)
+  kernel = mosaic_gpu_split.split_forward if split else mosaic_gpu.union_forward
+
+  @jax.jit
+  def run(q, k, v, indices, **options):
+    plan = index_plan.build_plan(indices, q.shape[1] // 64, plan_config)
+    return kernel(q, k, v, plan, scale=0.125, config=config,
+                  interpret=compat.InterpretGPUParams(), **options)
+
+  return run
 
 
 @pytest.mark.parametrize("batch,tokens,group,picks,segmented,config", [
@@ -199,8 +213,8 @@ def test_hot_forward_interpreted(batch, tokens, group, picks, segmented, config)
     0, batch, tokens, 1, group, 64, jnp.bfloat16, segmented)
   q = q.at[:, ::17].multiply(30)            # scores up to 1,000 in some tiles, and not in others
   indices = random_picks(1, batch, 1, tokens, picks)
-  out, lse = run_hot(q, k, v, indices, config, sinks=sinks, segment_ids=segments)
-  want = reference.block_sparse_attention(
+  out, lse = hot_kernel(group, config)(q, k, v, indices, sinks=sinks, segment_ids=segments)
+  want = jitted(reference.block_sparse_attention)(
     q.astype(jnp.float32), k, v, indices, block_size=64, sinks=sinks, segment_ids=segments,
     scale=0.125)
   assert relative(out, want) < RELATIVE["bfloat16"]
@@ -214,12 +228,13 @@ def test_smallest_weights_interpreted(group):
   k = jnp.ones((1, tokens, 1, head_dim), jnp.bfloat16)
   v = jnp.asarray(np.random.default_rng(0).standard_normal(k.shape), jnp.bfloat16)
   indices = jnp.zeros((1, 1, tokens, 1), jnp.int32)
-  config = mosaic_gpu_split.SplitConfig() if group == 16 else mosaic_gpu.UnionConfig()
+  run = hot_kernel(
+    group, mosaic_gpu_split.SplitConfig() if group == 16 else mosaic_gpu.UnionConfig())
   want = (np.cumsum(np.asarray(v, np.float64), 1) / np.arange(1, tokens + 1)[:, None, None])
   for size in (6.75, 7.0, 256.0):
     score = -size * head_dim * 0.125 * np.log2(np.e)
     q = jnp.full((1, tokens, group, head_dim), -size, jnp.bfloat16)
-    out, lse = run_hot(q, k, v, indices, config)
+    out, lse = run(q, k, v, indices)
     assert relative(out, np.broadcast_to(want, out.shape)) < RELATIVE["bfloat16"]
     np.testing.assert_allclose(
       lse[0], score + np.log2(np.arange(1, tokens + 1))[:, None].repeat(group, 1), rtol=1e-5)
@@ -265,7 +280,7 @@ def test_whole_op_interpreted(on_cpu, monkeypatch, batch, tokens, kv_heads, grou
   q, k, v, dout, sinks, segments = make_inputs(
     2, batch, tokens, kv_heads, group, 64, jnp.float16, segmented)
   indices = random_picks(3, batch, kv_heads, tokens, picks)
-  plan = gpu.make_plan(indices, group, threshold)
+  plan = make_plan(indices, group, threshold)
   compare(
     lambda q, k, v, sinks: gpu.block_sparse_attention(
       q, k, v, indices, sinks=sinks, segment_ids=segments, plan=plan),
@@ -314,7 +329,7 @@ def test_hybrid_interpreted(on_cpu, monkeypatch, batch, tokens, group, threshold
   small = key_major.KeyMajorConfig(partial_bytes=1)
   monkeypatch.setattr(key_major, "KeyMajorConfig", lambda: small)
   picks = random_picks(6, batch, 1, tokens, 2)
-  plan = gpu.make_plan(picks, group, threshold)
+  plan = make_plan(picks, group, threshold)
   rare = int(plan.rare.sum())
   assert (rare == 0) if threshold == 1 else (0 < rare < int(plan.valid.sum()))
   compare_hybrid(5, batch, tokens, 1, group, 64, jnp.float16, picks, segmented=segmented,

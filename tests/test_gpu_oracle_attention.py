@@ -28,6 +28,7 @@ def _segments(B, T):
   return jnp.asarray(np.broadcast_to(np.where(ids == 3, 0, ids), (B, T)), jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _run(op, q, k, v, grad_out):
   (out, picked), vjp = jax.vjp(op, q, k, v)
   no_grad = np.zeros(picked.shape, jax.dtypes.float0)

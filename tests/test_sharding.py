@@ -90,10 +90,17 @@ def test_tiny_moe_on_a_mesh_equals_one_device(mesh, attention):
   check(load("tiny_moe", attention), MOE_MESHES[mesh])
 
 
+@functools.lru_cache
+def tiny_moe_program():
+  """(cfg, mesh, program): router biases and Muon's moments move; one step is compiled for all."""
+  cfg = config.override(load("tiny_moe", "hysparse"), "model.moe.bias_update_rate=0.01")
+  mesh = mesh_of(MOE_MESHES["mixed"])
+  return cfg, mesh, train_step.build(cfg, mesh)
+
+
 def test_a_checkpoint_moves_between_meshes_byte_for_byte(tmp_path):
-  cfg = load("tiny_moe", "hysparse")
-  first = train_step.build(cfg, mesh_of(MOE_MESHES["mixed"]))
-  with jax.set_mesh(mesh_of(MOE_MESHES["mixed"])):
+  cfg, mesh, first = tiny_moe_program()
+  with jax.set_mesh(mesh):
     state = first.init(jax.random.key(0))
     batch = jax.device_put(batch_of(cfg), first.batch_sharding)
     state, _ = first.step(state, batch)
@@ -109,6 +116,30 @@ def test_a_checkpoint_moves_between_meshes_byte_for_byte(tmp_path):
                            jax.tree.leaves(second.abstract_state)):
       assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
       assert b.sharding.is_equivalent_to(place.sharding, b.ndim)
+
+
+def test_a_bad_step_changes_nothing_and_is_counted():
+  cfg, mesh, program = tiny_moe_program()
+  with jax.set_mesh(mesh):
+    state = program.init(jax.random.key(0))
+    good = jax.device_put(batch_of(cfg), program.batch_sharding)
+    poisoned = batch_of(cfg)
+    poisoned = poisoned._replace(weights=np.where(poisoned.weights > 0, np.nan, 0).astype("f4"))
+    bad = jax.device_put(poisoned, program.batch_sharding)
+    state, metrics = program.step(state, good)
+    assert bool(metrics.ok)
+    assert np.abs(state.model.stack.groups[0].sparse.mlp.router_bias[...]).max() > 0
+    before = jax.device_get(state)
+    state, metrics = program.step(state, bad)
+    after = jax.device_get(state)
+    assert not metrics.ok and int(metrics.consecutive_bad) == 1
+    for part in ("model", "opt_state"):
+      for a, b in zip(jax.tree.leaves(getattr(before, part)),
+                      jax.tree.leaves(getattr(after, part))):
+        assert a.tobytes() == b.tobytes()
+    state, metrics = program.step(state, good)
+    assert bool(metrics.ok) and int(metrics.total_bad) == 1 and int(metrics.consecutive_bad) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.model)))
 
 
 def test_moments_are_sharded_as_their_parameters_are():
@@ -130,15 +161,16 @@ def test_moments_are_sharded_as_their_parameters_are():
 def test_micro_batches_add_up_to_the_whole_batch():
   cfg = load("tiny", "hysparse")
   mesh = mesh_of(MESHES["mixed"])
-  results = []
+  results, init = [], None
   for parts in (1, 2):
     program = train_step.build(config.override(cfg, f"train.grad_accum={parts}",
                                                "optim.clip_norm=0", "optim.optimizer=adamw",
                                                "data.batch_size=16"), mesh)
     batch = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch_of(cfg))
     batch = batch._replace(weights=batch.weights * (np.arange(64) < 40 + np.arange(16)[:, None]))
+    init = init or program.init             # the same of both: compiled once
     with jax.set_mesh(mesh):
-      _, metrics = program.step(program.init(jax.random.key(0)),
+      _, metrics = program.step(init(jax.random.key(0)),
                                 jax.device_put(batch, program.batch_sharding))
     results.append(jax.device_get(metrics))
   for name in ("loss", "total", "grad_norm", "tokens"):
@@ -164,30 +196,3 @@ def test_an_impossible_mesh_is_one_line(name, overrides, message):
 def test_context_parallelism_is_refused_plainly():
   with pytest.raises(UserError, match="mesh.context is 2; attention is not yet split"):
     config.override(config.Config(), "mesh.context=2")
-
-
-def test_a_bad_step_changes_nothing_and_is_counted():
-  cfg = load("tiny_moe", "hysparse")
-  mesh = mesh_of(MOE_MESHES["mixed"])
-  program = train_step.build(config.override(cfg, "model.moe.bias_update_rate=0.01",
-                                             "optim.optimizer=adamw"), mesh)
-  with jax.set_mesh(mesh):
-    state = program.init(jax.random.key(0))
-    good = jax.device_put(batch_of(cfg), program.batch_sharding)
-    poisoned = batch_of(cfg)
-    poisoned = poisoned._replace(weights=np.where(poisoned.weights > 0, np.nan, 0).astype("f4"))
-    bad = jax.device_put(poisoned, program.batch_sharding)
-    state, metrics = program.step(state, good)
-    assert bool(metrics.ok)
-    assert np.abs(state.model.stack.groups[0].sparse.mlp.router_bias[...]).max() > 0
-    before = jax.device_get(state)
-    state, metrics = program.step(state, bad)
-    after = jax.device_get(state)
-    assert not metrics.ok and int(metrics.consecutive_bad) == 1
-    for part in ("model", "opt_state"):
-      for a, b in zip(jax.tree.leaves(getattr(before, part)),
-                      jax.tree.leaves(getattr(after, part))):
-        assert a.tobytes() == b.tobytes()
-    state, metrics = program.step(state, good)
-    assert bool(metrics.ok) and int(metrics.total_bad) == 1 and int(metrics.consecutive_bad) == 0
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.model)))

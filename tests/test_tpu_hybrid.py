@@ -85,12 +85,11 @@ def test_values_and_gradients_match_the_reference(name, monkeypatch):
   monkeypatch.setattr(mosaic_tpu.schedule, "call", lambda kernel, name, *args, **options: (
     launched.append(name), call(kernel, name, *args, **options))[1])
   arrays, picked, segments, cotangent = inputs(case)
-  run = lambda attend: jax.jit(
-    lambda arrays, cotangent: tpu_interpret.value_and_grads(attend, arrays, cotangent))
+  run = tpu_interpret.value_and_grads
   (out, _), grads = run(bind(mosaic_tpu.hybrid_sparse_attention, case, picked, segments,
-                             options=case.options))(arrays, cotangent)
-  (want, _), expected = run(bind(reference.hybrid_sparse_attention, case, picked, segments))(
-    tpu_interpret.as_float32(arrays), cotangent.astype(jnp.float32))
+                             options=case.options), arrays, cotangent)
+  (want, _), expected = run(bind(reference.hybrid_sparse_attention, case, picked, segments),
+                            tpu_interpret.as_float32(arrays), cotangent.astype(jnp.float32))
   launches = 2 if case.options.vmem_bytes else 1
   assert sum("forward" in x for x in launched) == launches
   tpu_interpret.assert_like_reference(out, want, case.dtype)

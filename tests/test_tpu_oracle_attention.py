@@ -20,11 +20,11 @@ SCALE = 0.1
 
 def both(segments=None, block_size=16, num_blocks=3, scale=SCALE,
          interpret=tpu_interpret.INTERPRET):
-  """Kernel and reference as functions (q, k, v) -> (out, indices)."""
+  """Kernel and reference as compiled functions (q, k, v) -> (out, indices)."""
   options = dict(block_size=block_size, num_blocks=num_blocks, scale=scale,
                  segment_ids=None if segments is None else jnp.asarray(segments))
-  return (functools.partial(mosaic_tpu.oracle_attention, interpret=interpret, **options),
-          functools.partial(reference.oracle_attention, **options))
+  return (jax.jit(functools.partial(mosaic_tpu.oracle_attention, interpret=interpret, **options)),
+          jax.jit(functools.partial(reference.oracle_attention, **options)))
 
 
 # batch, tokens, heads, kv_heads, head dim, v dim, dtype, block size, picks, padded tokens or None

@@ -1,7 +1,6 @@
 """`sliding_window_attention` on TPU against the reference, in strict TPU interpret mode."""
 
-import functools
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,16 +24,15 @@ CASES = {
 
 
 def both(window, segments=None, interpret=tpu_interpret.INTERPRET):
-  """Kernel and reference as functions (q, k, v[, sinks]) -> (out, None)."""
+  """Kernel and reference as compiled functions (q, k, v[, sinks]) -> (out, None)."""
   options = dict(window=window, scale=SCALE,
                  segment_ids=None if segments is None else jnp.asarray(segments))
 
-  def run(op, q, k, v, sinks=None):
-    return op(q, k, v, sinks=sinks, **options), None
+  def compiled(op, **more):
+    return jax.jit(lambda q, k, v, sinks=None: (op(q, k, v, sinks=sinks, **options, **more), None))
 
-  return (functools.partial(run, functools.partial(
-            mosaic_tpu.sliding_window_attention, interpret=interpret)),
-          functools.partial(run, reference.sliding_window_attention))
+  return (compiled(mosaic_tpu.sliding_window_attention, interpret=interpret),
+          compiled(reference.sliding_window_attention))
 
 
 @pytest.mark.parametrize("case", CASES)

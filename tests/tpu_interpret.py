@@ -1,5 +1,7 @@
 """What the tests of TPU kernels share: strict interpret mode, small tiles, comparisons."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +42,9 @@ def race_detectors(monkeypatch):
   assert not any(detector.races_found for detector in detectors)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_grads(op, inputs, cotangent):
-  """(out, aux), gradients of every input; op returns (out, aux)."""
+  """(out, aux), gradients of every input; op returns (out, aux) and is traced once per object."""
   out, pullback, aux = jax.vjp(op, *inputs, has_aux=True)
   return (out, aux), pullback(cotangent.astype(out.dtype))
 
