@@ -29,17 +29,20 @@ _COMPILER_BYTES = 6 << 20      # of VMEM: spilled registers and the compiler's o
 _OP = "block_sparse_attention"
 
 # Above this share of the causal blocks the unions are not worth their lists: bundles a (block, 128
-# rows) of dense tiles over those of lists, by the final schedules, forward, with the half step that
-# a list is padded by. Only where the matrix unit is 256 wide do tiles of 512 rows gain anything
-# (v6e 22.3 for 28.1; backward 52.5 for 56.2); on v5e and v5p they take 1.03 times as many.
-_DENSE_SHARE = {"v6e": 0.75}
+# rows) of dense tiles over those of lists, by the final schedules. Only where the matrix unit is
+# 256 wide do tiles of 512 rows gain anything (v6e 17.4 for 21.5; backward 41.0 for 46.3); on v5e
+# and v5p they take 1.03 times as many.
+_DENSE_SHARE = {"v6e": 0.85}
 
 # Bundles a (block, tile of 128 rows), 128 head dims, by the final schedules. v5e: forward 37.3 for
 # (8 blocks, 4 steps), 44 for (4, 8), 54 for (8, 1); backward 87.3 for (8, 2). The matrix units
-# need 32 and 80.
+# need 32 and 80. v6e's need 16 and 40, so that the ends of a body weigh more: forward 28.3 for
+# (8, 4), 21.5 for (8, 12); backward 56.3 for (8, 2), 46.3 for (8, 8).
 _LOOPS = {"forward": LoopConfig(8, 4, 16), "backward": LoopConfig(8, 2, 8),
           "dense_forward": LoopConfig(8, 1, 4), "dense_backward": LoopConfig(4, 1, 4)}
-_LOOPS_OF = {"v6e": {"forward": LoopConfig(8, 12, 32, 6), "backward": LoopConfig(8, 8, 16, 1)}}
+_LOOPS_OF = {
+  "v6e": {"forward": LoopConfig(8, 12, 32, 6), "backward": LoopConfig(8, 8, 16, 1),
+          "dense_forward": LoopConfig(8, 8, 4, 4), "dense_backward": LoopConfig(4, 4, 4, 1)}}
 
 
 @dataclasses.dataclass(frozen=True)
