@@ -4,7 +4,7 @@ Scores are kept transposed, keys in sublanes and (token, head) rows in lanes: th
 over sublanes, membership is one [1,R] row a block, and log-sum-exp comes out in lanes. One KV
 head's keys and values stay in VMEM and are sliced by block number.
 
-    body w:   scores of body w + 1      (matrix units)
+    body w:   scores of body w + 1      (matrix units; or fewer steps ahead, see `Walk.loop`)
               softmax of body w         (vector units, meanwhile)
               values of body w          (matrix units, as weights become ready)
 
