@@ -213,6 +213,18 @@ def test_counted_bundles_of_a_launch():
   assert got["flops_per_step"] == 2 * 2 * 4 * 64 * 128 * 128
 
 
+def test_the_counted_backward_goes_by_parts_as_the_op_does(monkeypatch):
+  monkeypatch.setattr(mosaic_tpu, "part_bytes", lambda: 128 * 4 * 128 * 2)
+  seen, run = [], mosaic_tpu.run_backward
+  monkeypatch.setattr(mosaic_tpu, "run_backward", lambda op, inputs, *args: (
+    seen.append(inputs["q"].shape[2]), run(op, inputs, *args))[1])
+  shape = AttentionShape(tokens=128, num_heads=8, num_kv_heads=2, head_dim=128)
+  q, k, *others = arrays = tpu_sparse_cost._arrays(shape)
+  found = jax.eval_shape(lambda *a: tpu_sparse_cost._run(shape, "bwd", *a), *arrays)
+  assert [x.shape for x in found] == [q.shape, k.shape, others[0].shape]
+  assert set(seen) == {4}
+
+
 def test_mean_union_is_the_plans():
   shape = AttentionShape(tokens=4096, num_heads=8, num_kv_heads=2)
   picks = selections.selection("walk r=1", 2, 4096)
