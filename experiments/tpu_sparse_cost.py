@@ -80,12 +80,16 @@ def _arrays(shape):
 def _run(shape, which, q, k, v, out, lse, dout):
   """One pass by itself: under `jax.vjp` the compiler gives kernels other names."""
   _, plan = tpu_cases.picks(shape)
-  scale, options = shape.head_dim ** -0.5, mosaic_tpu.Options(dense=False)
+  scale = shape.head_dim ** -0.5
+  options = mosaic_tpu.Options(dense=False).loops_of(mosaic_tpu.tpu_generation())
   if which == "fwd":
     return mosaic_tpu.run_forward(q, k, v, None, None, scale, plan, options)
-  return mosaic_tpu.run_backward(
-    "block_sparse_attention", {"q": q, "k": k, "v": v, "sinks": None, "segment_ids": None,
-                               "out": out, "lse": lse, "dout": dout}, scale, plan, options)
+  arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
+  inputs = arrays | {"sinks": None, "segment_ids": None} | mosaic_tpu.plan_arrays(plan)
+  found = mosaic_tpu.by_heads(lambda some: mosaic_tpu.run_backward(
+    "block_sparse_attention", some, scale, mosaic_tpu.plan_of(plan, some), options),
+    inputs, dict.fromkeys(arrays, 2) | mosaic_tpu.PLAN_AXES)
+  return found["q"], found["k"], found["v"]
 
 
 def rows(op, shape_name, generation, which, names=None):
@@ -117,7 +121,7 @@ def rows(op, shape_name, generation, which, names=None):
   shape, facts = PAPER[shape_name], tpu.GENERATIONS[generation]
   if names is None:
     names = ("trace", "walk r=1") if shape.tokens == 32_768 else ("walk r=1",)
-  options = mosaic_tpu.Options()
+  options = mosaic_tpu.Options().loops_of(generation)
   config = options.forward if which == "fwd" else options.backward
   together = math.gcd(config.tiles_per_program, hybrid_tpu.WindowEpilogue.together) if hybrid else 1
   kernel, matmuls = _KERNELS[which]

@@ -55,6 +55,14 @@ CASES = {
   "key_segments": Case(tokens=250, block_size=16, picks=5, segmented=True, launches=3,
                        backward_launches=3, options=dataclasses.replace(
                          OPTIONS, backward=LoopConfig(11, 2, 1), vmem_bytes=7500 << 10)),
+  "steps_ahead": Case(batch=2, tokens=140, kv_heads=2, segmented=True, options=dataclasses.replace(
+    OPTIONS, forward=LoopConfig(2, 3, 2, 2), backward=LoopConfig(2, 3, 2, 1),
+    interpret=tpu_interpret.TWO_CORES)),
+  "ahead_in_key_segments": Case(
+    tokens=250, group=16, block_size=16, picks=5, dtype="bfloat16", launches=2,
+    backward_launches=4, options=dataclasses.replace(
+      OPTIONS, forward=LoopConfig(2, 3, 3, 2), backward=LoopConfig(8, 3, 2, 2),
+      vmem_bytes=7650 << 10)),
   "dense": Case(tokens=300, block_size=16, options=dataclasses.replace(OPTIONS, dense=True)),
   "no_picks": Case(tokens=40, picks=0),
 }
@@ -181,6 +189,14 @@ def test_wide_unions_go_dense_where_that_is_cheaper(monkeypatch, generation, pic
     assert mosaic_tpu.choose(plan, options, run).tolist() == expected
 
 
+def test_loops_are_the_generations_unless_given():
+  given = LoopConfig(3, 2, 1, 1)
+  v6e, other = (Options(backward=given).loops_of(name) for name in ("v6e", "v5e"))
+  assert other == Options(backward=given).loops_of(None)
+  assert v6e.backward == other.backward == given
+  assert v6e.forward.steps_ahead and not other.forward.steps_ahead
+
+
 def test_counted_bundles_of_a_launch():
   """Hand-counted: 2 heads x 4 tiles of 32 tokens, lists of 6.5 blocks in steps of 4, 2 a body."""
   def span(start, bundles, depth, mxu, stores=0.0):
@@ -195,6 +211,18 @@ def test_counted_bundles_of_a_launch():
   # started; 2 heads' sums cleared.
   assert got["bundles"] == 17 * 300 + 4 * 50 + 2 * 130 + 2 * 70
   assert got["flops_per_step"] == 2 * 2 * 4 * 64 * 128 * 128
+
+
+def test_the_counted_backward_goes_by_parts_as_the_op_does(monkeypatch):
+  monkeypatch.setattr(mosaic_tpu, "part_bytes", lambda: 128 * 4 * 128 * 2)
+  seen, run = [], mosaic_tpu.run_backward
+  monkeypatch.setattr(mosaic_tpu, "run_backward", lambda op, inputs, *args: (
+    seen.append(inputs["q"].shape[2]), run(op, inputs, *args))[1])
+  shape = AttentionShape(tokens=128, num_heads=8, num_kv_heads=2, head_dim=128)
+  q, k, *others = arrays = tpu_sparse_cost._arrays(shape)
+  found = jax.eval_shape(lambda *a: tpu_sparse_cost._run(shape, "bwd", *a), *arrays)
+  assert [x.shape for x in found] == [q.shape, k.shape, others[0].shape]
+  assert set(seen) == {4}
 
 
 def test_mean_union_is_the_plans():
@@ -222,6 +250,8 @@ def test_other_errors_are_named():
     mosaic_tpu.block_sparse_attention(*arrays[:3], picked, plan=plan)
   with pytest.raises(ValueError, match="steps_per_body: got 0"):
     LoopConfig(1, 0, 1)
+  with pytest.raises(ValueError, match="steps_ahead: got 2, want None or 1 to 1"):
+    LoopConfig(1, 2, 1, 2)
   with pytest.raises(NotImplementedError, match="do not fit 1 MiB of VMEM"):
     mosaic_tpu.block_sparse_attention(
       *arrays[:3], picked, options=dataclasses.replace(OPTIONS, vmem_bytes=1 << 20))

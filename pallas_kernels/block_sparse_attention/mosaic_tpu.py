@@ -29,31 +29,45 @@ _COMPILER_BYTES = 6 << 20      # of VMEM: spilled registers and the compiler's o
 _OP = "block_sparse_attention"
 
 # Above this share of the causal blocks the unions are not worth their lists: bundles a (block, 128
-# rows) of dense tiles over those of lists, by the final schedules, forward, with the half step that
-# a list is padded by. Only where the matrix unit is 256 wide do tiles of 512 rows gain anything
-# (v6e 22.3 for 28.1; backward 52.5 for 56.2); on v5e and v5p they take 1.03 times as many.
-_DENSE_SHARE = {"v6e": 0.75}
+# rows) of dense tiles over those of lists, by the final schedules. Only where the matrix unit is
+# 256 wide do tiles of 512 rows gain anything (v6e 17.4 for 21.5; backward 41.0 for 46.3); on v5e
+# and v5p they take 1.03 times as many.
+_DENSE_SHARE = {"v6e": 0.85}
+
+# Bundles a (block, tile of 128 rows), 128 head dims, by the final schedules. v5e: forward 37.3 for
+# (8 blocks, 4 steps), 44 for (4, 8), 54 for (8, 1); backward 87.3 for (8, 2). The matrix units
+# need 32 and 80. v6e's need 16 and 40, so that the ends of a body weigh more: forward 28.3 for
+# (8, 4), 21.5 for (8, 12); backward 56.3 for (8, 2), 46.3 for (8, 8).
+_LOOPS = {"forward": LoopConfig(8, 4, 16), "backward": LoopConfig(8, 2, 8),
+          "dense_forward": LoopConfig(8, 1, 4), "dense_backward": LoopConfig(4, 1, 4)}
+_LOOPS_OF = {
+  "v6e": {"forward": LoopConfig(8, 12, 32, 6), "backward": LoopConfig(8, 8, 16, 1),
+          "dense_forward": LoopConfig(8, 8, 4, 4), "dense_backward": LoopConfig(4, 4, 4, 1)}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
   """How the kernels run; the defaults are the best of the counts in experiments/LOG.md.
 
-  forward, backward: the loops. By the final schedules, bundles a (block, tile of 128 rows), 128
-    head dims, v5e: forward 37.3 for (8 blocks, 4 steps), 44 for (4, 8), 54 for (8, 1); backward
-    87.3 for (8, 2). The matrix units need 32 and 80.
+  forward, backward, dense_forward, dense_backward: the loops; None: the generation's.
   dense: whether every causal block is visited, in tiles of 512 rows; None: see `_DENSE_SHARE`.
   vmem_bytes: budget of a kernel; None asks the TPU.
   interpret: False, or `tpu.interpret_params()` to run on CPU.
   """
 
-  forward: LoopConfig = LoopConfig(8, 4, 16)
-  backward: LoopConfig = LoopConfig(8, 2, 8)
-  dense_forward: LoopConfig = LoopConfig(8, 1, 4)
-  dense_backward: LoopConfig = LoopConfig(4, 1, 4)
+  forward: LoopConfig | None = None
+  backward: LoopConfig | None = None
+  dense_forward: LoopConfig | None = None
+  dense_backward: LoopConfig | None = None
   dense: bool | None = None
   vmem_bytes: int | None = None
   interpret: Any = False
+
+  def loops_of(self, generation):
+    """These options with the loops that are None filled in for "v5e" and the like, or None."""
+    loops = _LOOPS | _LOOPS_OF.get(generation, {})
+    return dataclasses.replace(self, **{
+      name: loop for name, loop in loops.items() if getattr(self, name) is None})
 
 
 def check_support(op, arrays, block_size):
@@ -113,6 +127,7 @@ def choose(plan, options, run):
 
   The same picks always choose the same, so results stay the same bit for bit.
   """
+  options = options.loops_of(tpu_generation())
   wide = dataclasses.replace(options, forward=options.dense_forward,
                              backward=options.dense_backward, dense=True)
   if options.dense is not None:

@@ -12,7 +12,6 @@ queries' gradient is handed on from one to the next.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -63,22 +62,8 @@ def _kernel(refs, config, sizes, scale):
     return (dot(walk.keys(refs.k, entries), walk.rows(refs.q, state[0]), (1, 1), dtype),
             dot(walk.keys(refs.v, entries), walk.rows(refs.dout, state[0]), (1, 1), dtype))
 
-  states = walk.first()
-  for i, state in enumerate(states):
-    refs.scores[i], refs.dweights[i] = products(state)
-
-  def body(_, flat):
-    states = list(zip(flat[::2], flat[1::2]))
-    coming = walk.following(walk.advance(states[-1]))
-    ready = [(refs.scores[i], refs.dweights[i]) for i in range(len(states))]
-    ahead = [products(state) for state in coming]
-    for state, (s, dw) in zip(states, ready):
-      _accumulate(refs, walk, state, s, dw, dtype)
-    for i, (s, dw) in enumerate(ahead):
-      refs.scores[i], refs.dweights[i] = s, dw
-    return tuple(x for state in coming for x in state)
-
-  lax.fori_loop(0, refs.head[0, 0, 0, 0], body, tuple(x for state in states for x in state))
+  walk.loop((refs.scores, refs.dweights), products,
+            lambda state, s, dw: _accumulate(refs, walk, state, s, dw, dtype))
   if hasattr(refs, "acc_out"):
     refs.acc_out[0, 0] = refs.acc[:tiles]
     return

@@ -4,7 +4,7 @@ Scores are kept transposed, keys in sublanes and (token, head) rows in lanes: th
 over sublanes, membership is one [1,R] row a block, and log-sum-exp comes out in lanes. One KV
 head's keys and values stay in VMEM and are sliced by block number.
 
-    body w:   scores of body w + 1      (matrix units)
+    body w:   scores of body w + 1      (matrix units; or fewer steps ahead, see `Walk.loop`)
               softmax of body w         (vector units, meanwhile)
               values of body w          (matrix units, as weights become ready)
 
@@ -108,27 +108,12 @@ def _kernel(refs, config, sizes, epilogue):
 
   def scores(state):
     entries = walk.entries(state)
-    return dot(walk.keys(refs.k, entries), walk.rows(refs.q, state[0]), (1, 1), dtype)
+    return (dot(walk.keys(refs.k, entries), walk.rows(refs.q, state[0]), (1, 1), dtype),)
 
   _start(refs, walk)
   if epilogue is not None:
     epilogue.start(refs)
-  states = walk.first()
-  for i, state in enumerate(states):
-    refs.scores[i] = scores(state)
-
-  def body(_, flat):
-    states = list(zip(flat[::2], flat[1::2]))
-    coming = walk.following(walk.advance(states[-1]))
-    ready = [refs.scores[i] for i in range(len(states))]
-    ahead = [scores(state) for state in coming]
-    for state, s in zip(states, ready):
-      _attend(refs, walk, state, s, dtype)
-    for i, s in enumerate(ahead):
-      refs.scores[i] = s
-    return tuple(x for state in coming for x in state)
-
-  lax.fori_loop(0, refs.head[0, 0, 0, 0], body, tuple(x for state in states for x in state))
+  walk.loop((refs.scores,), scores, lambda state, s: _attend(refs, walk, state, s, dtype))
   _finish(refs, walk, epilogue)
 
 

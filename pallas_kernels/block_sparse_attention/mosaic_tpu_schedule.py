@@ -28,16 +28,21 @@ class LoopConfig:
   blocks_per_step: blocks multiplied together: a list is padded to a multiple of it.
   steps_per_body: steps in flight together.
   tiles_per_program: tiles whose queries and accumulators are in VMEM together.
+  steps_ahead: how far the first products run ahead of the rest; None: a whole body.
   """
 
   blocks_per_step: int
   steps_per_body: int
   tiles_per_program: int
+  steps_ahead: int | None = None
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      if getattr(self, field.name) < 1:
-        raise ValueError(f"{field.name}: got {getattr(self, field.name)}, want at least 1")
+    for name in ("blocks_per_step", "steps_per_body", "tiles_per_program"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+    if self.steps_ahead is not None and not 0 < self.steps_ahead < self.steps_per_body:
+      raise ValueError(f"steps_ahead: got {self.steps_ahead}, want None or 1 to "
+                       f"{self.steps_per_body - 1}, less than steps_per_body")
 
   def fit(self, plan):
     """This config with no more tiles than the plan has, or than SMEM holds the lists of."""
@@ -107,6 +112,43 @@ class Walk:
     for _ in range(self.config.steps_per_body - 1):
       states.append(self.advance(states[-1]))
     return states
+
+  def loop(self, slots, products, consume):
+    """Runs every step: products(state), a tuple, wait in `slots` for consume(state, *products).
+
+    slots: refs [steps_per_body, ...]. A whole body ahead, all of it is read before any is written,
+    and the products of the next body are issued first. Fewer steps ahead, a product goes into a
+    slot that was read some steps before and need not wait for its reader, so that fewer
+    registers spill: longer bodies then gain where the matrix units are not what binds (v6e).
+    """
+    steps, ahead = self.config.steps_per_body, self.config.steps_ahead
+
+    def put(slot, state):
+      for ref, x in zip(slots, products(state), strict=True):
+        ref[slot] = x
+
+    states = self.first()
+    for i, state in enumerate(states[:ahead]):
+      put(i, state)
+
+    def body(_, flat):
+      states = list(zip(flat[::2], flat[1::2]))
+      coming = self.following(self.advance(states[-1]))
+      if ahead is None:
+        ready = [[ref[i] for ref in slots] for i in range(steps)]
+        made = [products(state) for state in coming]
+        for state, found in zip(states, ready):
+          consume(state, *found)
+        for i, found in enumerate(made):
+          for ref, x in zip(slots, found, strict=True):
+            ref[i] = x
+      else:
+        for i, state in enumerate(states):
+          put((i + ahead) % steps, (states + coming)[i + ahead])
+          consume(state, *(ref[i] for ref in slots))
+      return tuple(x for state in coming for x in state)
+
+    lax.fori_loop(0, self.refs.head[0, 0, 0, 0], body, tuple(x for state in states for x in state))
 
   def advance(self, state):
     """The next state."""
