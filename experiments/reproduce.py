@@ -39,6 +39,7 @@ from hysparse_jax.run import load_run
 _PRESET = flags.DEFINE_string("preset", None, "smoke or h200.")
 _PIECE = flags.DEFINE_list("piece", None, "Numbers of the pieces to run, such as 3,4; see --list.")
 _LIST = flags.DEFINE_bool("list", False, "Show the pieces and what they will cost, and stop.")
+_NOTE = flags.DEFINE_string("note", "", "A sentence for the head of the report of --report.")
 _REPORT = flags.DEFINE_bool("report", False, "Write report.md from the rows there are, and stop.")
 
 EVALUATION_SEED = 0
@@ -236,7 +237,8 @@ def main(argv):
     show_pieces(preset, read_results(workdir, preset), Console())
   elif _REPORT.value:
     path = reproduce_report.write(preset, read_results(workdir, preset),
-                                  _read_lines(workdir / "overlap.jsonl"), run.prepare(workdir))
+                                  _read_lines(workdir / "overlap.jsonl"), run.prepare(workdir),
+                                  _NOTE.value)
     print(f"wrote {path}")
   else:
     try:

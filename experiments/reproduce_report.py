@@ -12,11 +12,15 @@ from hysparse_jax import plots
 from hysparse_jax.evals.recall import DEPTH_BINS
 
 
-def write(preset: Preset, results: list[dict], overlap: list[dict], workdir) -> pathlib.Path:
-  """Writes report.md and its plots; what was not run yet is named as missing."""
+def write(preset: Preset, results: list[dict], overlap: list[dict], workdir,
+          note: str = "") -> pathlib.Path:
+  """Writes report.md and its plots; what was not run yet is named as missing.
+
+  `note` says what the rows cannot, such as runs that shared a GPU; it stands at the head.
+  """
   workdir = pathlib.Path(workdir)
   final = chosen_rows(results)
-  parts = [_head(preset, results, final)]
+  parts = [_head(preset, results, final), note]
   if final:
     groups = collections.defaultdict(dict)
     for model, rows in final.items():
