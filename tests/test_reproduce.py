@@ -235,8 +235,9 @@ def test_the_report_decides_from_the_rows(tmp_path):
   assert (f"`hysparse`, seed 0, trained twice on made up: bits per byte differ by {bits:.4f}, mean "
           f"recall by at most {points:.1f} points at any length.") in lines
   assert any(line.startswith("| hysparse | ") and line.endswith("| 3 |") for line in lines)
-  report = reproduce_report.write(plan, [row for row in results if not row["again"]], [], tmp_path)
-  assert "Not run yet: hysparse-s0-again." in report.read_text()
+  report = reproduce_report.write(plan, [row for row in results if not row["again"]], [], tmp_path,
+                                  note="Two runs shared the GPU.").read_text()
+  assert "Not run yet: hysparse-s0-again.\n\nTwo runs shared the GPU.\n" in report
 
 
 @pytest.mark.parametrize("arguments, message", [
