@@ -1,6 +1,7 @@
-"""The tables of README.md about kernels, made from two files in `experiments/results/`.
+"""The tables of README.md about kernels and small models, from files in `experiments/results/`.
 
-h200_kernels.jsonl was measured; tpu_static.jsonl was counted from the TPU compiler's schedules.
+h200_kernels.jsonl was measured; tpu_static.jsonl was counted from the TPU compiler's schedules;
+reproduce_h200/results.jsonl is what `experiments.reproduce` trained.
 
     python -m experiments.readme_tables            prints them
     python -m experiments.readme_tables --write    puts them between the README's markers
@@ -13,7 +14,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, reproduce_report
 from hysparse_jax.errors import UserError
 from pallas_kernels.named_shapes import PAPER
 
@@ -97,7 +98,28 @@ def step_table(rows) -> str:
   return "\n".join(lines)
 
 
-TABLES = {"kernels": ("h200_kernels", kernel_table), "steps": ("h200_kernels", step_table),
+def evidence_table(rows) -> str:
+  """Markdown: the small models with rows of the longest length, means and spread over seeds."""
+  models = reproduce_report.chosen_rows(rows)
+  longest = max(row["seq_len"] for found in models.values() for row in found)
+  lines = [f"| | seeds | rates | KV cache at 32,768 | recall to {longest:,} | recall beyond "
+           "| bits per byte |", "|---" * 7 + "|"]
+  for model, found in models.items():
+    if found[0]["seq_len"] == longest:
+      lengths = found[0]["lengths"]
+      recall = [reproduce_report.spread([reproduce_report.mean_recall(row, some) for row in found],
+                                        ".1f")
+                for some in ([n for n in lengths if n <= longest],
+                             [n for n in lengths if n > longest])]
+      cache = round(found[0]["kv_bytes_total"] / 1e6)
+      lines.append(_line([f"`{model}`"], [
+        str(len(found)), f"x{found[0]['rate']:g}", f"{cache} MB", *(f"{x} %" for x in recall),
+        reproduce_report.spread([row["bits_per_byte"] for row in found], ".3f")]))
+  return "\n".join(lines)
+
+
+TABLES = {"evidence": ("reproduce_h200/results", evidence_table),
+          "kernels": ("h200_kernels", kernel_table), "steps": ("h200_kernels", step_table),
           "tpu": ("tpu_static", tpu_table)}
 
 

@@ -91,7 +91,8 @@ def _head(preset, results, final):
   return "\n".join(lines)
 
 
-def _spread(values, spelling) -> str:
+def spread(values, spelling) -> str:
+  """Mean ± standard deviation of what is there, in a format such as ".3f"."""
   values = [value for value in values if value is not None and not np.isnan(value)]
   if not values:
     return "-"
@@ -115,9 +116,9 @@ def _models(models, seq_len, tokens):
     lines.append("| " + " | ".join([
       model, MODELS[model][0], f"{rows[0]['body_params']:,}",
       f"{rows[0]['kv_bytes_per_token']:,}", f"{rows[0]['kv_bytes_total'] / 1e6:.1f} MB",
-      _spread([row["bits_per_byte"] for row in rows], ".4f"),
-      *(_spread([mean_recall(row, [length]) for row in rows], ".1f") for length in lengths),
-      _spread([row["tokens_per_second"] for row in rows], ",.0f"), str(len(rows))]) + " |")
+      spread([row["bits_per_byte"] for row in rows], ".4f"),
+      *(spread([mean_recall(row, [length]) for row in rows], ".1f") for length in lengths),
+      spread([row["tokens_per_second"] for row in rows], ",.0f"), str(len(rows))]) + " |")
   return "\n".join(lines)
 
 

@@ -21,6 +21,18 @@ def test_the_last_row_counts():
   assert table.count("\n") == 3
 
 
+def test_small_models_are_means_over_seeds_at_the_tuned_rate():
+  row = {"model": "full", "seed": 0, "rate": 1.0, "tuning": False, "seq_len": 64,
+         "lengths": [32, 64, 128], "recall": {"vt": [0.5, 0.7, 0.2]}, "kv_bytes_total": 5e6,
+         "train_loss": 1.0, "bits_per_byte": 1.0}
+  table = readme_tables.evidence_table([
+    row, row | {"seed": 1, "bits_per_byte": 2.0}, row | {"rate": 2.0, "seed": 2},
+    row | {"tuning": True}, row | {"model": "block_64", "seq_len": 16}])
+  assert "recall to 64 | recall beyond" in table
+  assert table.endswith(
+    "| `full` | 2 | x1 | 5 MB | 60.0 ± 0.0 % | 20.0 ± 0.0 % | 1.500 ± 0.707 |")
+
+
 def test_counts_of_a_generation():
   row = {"op": "block_sparse_attention", "selection": "walk r=1", "shape": "80b_32k",
          "generation": "v5p", "pass": "fwd", "speedup": 11.39, "mxu_share": 0.834}
