@@ -10,7 +10,7 @@ Without --piece everything that is not done yet runs, in order. What is done is 
 it stopped. Weights are kept in <workdir>/runs/ only until their row is written, so a model must
 train within one piece; within a piece a stopped run goes on from its last checkpoint.
 Beside it: overlap.jsonl (how alike neighbouring tokens select, by layer and step),
-selections_hysparse.npz (recorded block indices for `experiments.selections`), plots/, report.md.
+selections_MODEL.npz (recorded block indices for `experiments.selections`), plots/, report.md.
 """
 
 import datetime
@@ -119,7 +119,7 @@ def _run_piece(preset: Preset, piece: Piece, workdir) -> bool:
     if figures["preempted"]:
       return False
     row = {**_row(preset, one, cfg, rate, figures, folder), "settings": settings}
-    if one.rate is None:
+    if not one.tuning:
       row |= _evaluate(preset, one, folder)
     if one.watched:
       _look_inside(preset, one, cfg, folder, workdir)
@@ -131,7 +131,7 @@ def _run_piece(preset: Preset, piece: Piece, workdir) -> bool:
 
 
 def _key(one: Run, results) -> tuple:
-  """What a run's row is known by: a tuning run's own rate, else the one that tuning chose."""
+  """What a run's row is known by: its own rate, else the one that tuning chose."""
   rate = one.rate
   if rate is None:
     rate = reproduce_plan.tuned_rate(results, reproduce_plan.family(one.model))
@@ -154,7 +154,7 @@ def _row(preset, one: Run, cfg, rate, figures, folder) -> dict:
   account = accounting.account(cfg.model, max(preset.lengths))
   return {
     "preset": preset.name, "model": one.model, "seed": one.seed, "rate": rate,
-    "tuning": one.rate is not None, "again": one.again, "train_loss": float(np.mean(tail)),
+    "tuning": one.tuning, "again": one.again, "train_loss": float(np.mean(tail)),
     "bits_per_byte": figures["bits_per_byte"], "heldout_loss": figures["heldout_loss"],
     "params": account.params, "body_params": reproduce_plan.body_params(cfg.model),
     "d_ff": cfg.model.d_ff, "kv_bytes_per_token": account.kv_bytes_per_token,
@@ -189,14 +189,15 @@ def _look_inside(preset, one: Run, cfg, folder, workdir):
   every = cfg.train.checkpoint_every
   steps = sorted({*range(every, cfg.train.steps + 1, every), cfg.train.steps})
   found, last = mechanism.overlap_rows(folder, steps)
-  with (workdir / "overlap.jsonl").open("w") as file:
-    for row in found:
-      file.write(json.dumps({"preset": preset.name, "model": one.model, "seed": one.seed,
-                             "block_size": cfg.model.block_size,
-                             "picks": cfg.model.num_blocks, **row}) + "\n")
+  kept = [row for row in _read_lines(workdir / "overlap.jsonl") if row["model"] != one.model]
+  found = [{"preset": preset.name, "model": one.model, "seed": one.seed,
+            "block_size": cfg.model.block_size, "picks": cfg.model.num_blocks, **row}
+           for row in found]
+  (workdir / "overlap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept + found))
   from hysparse_jax import plots  # matplotlib is slow to import
-  plots.oracle_figures(last, workdir / "plots", block_size=cfg.model.block_size)
-  mechanism.save_selection(folder, preset.selection_tokens, workdir / "selections_hysparse.npz")
+  plots.oracle_figures(last, workdir / "plots" / one.model, block_size=cfg.model.block_size)
+  mechanism.save_selection(folder, preset.selection_tokens,
+                           workdir / f"selections_{one.model}.npz", name=one.model)
 
 
 def show_pieces(preset: Preset, results, console: Console):

@@ -35,6 +35,7 @@ MODELS = {   # name: (what it is, what it changes in the preset's hysparse)
 }
 HEADLINE = ("full", "swa", "hysparse")
 ABLATIONS = ("no_local", "shared_local_kv", "random", "previous")
+WATCHED = ("hysparse", "hysparse_m3")    # whose oracle is looked at, in the run of seed 0
 
 RATES = (0.5, 1.0, 2.0)      # of the base learning rates: the grid that every family is tuned on
 TUNE_SHARE = 4 / 7           # of the steps that a tuning run takes
@@ -51,10 +52,11 @@ class Run(NamedTuple):
 
   model: str
   seed: int
-  rate: float | None     # a tuning run's multiple of the base rates; None: whatever tuning chose
+  rate: float | None     # the multiple of the base rates; None: whatever tuning chose
   cfg: Config
   lengths: tuple[int, ...]   # of its recall tasks
   again: bool = False    # the same run once more: what the device alone changes
+  tuning: bool = False   # only its training loss counts
 
   @property
   def name(self) -> str:
@@ -63,8 +65,8 @@ class Run(NamedTuple):
 
   @property
   def watched(self) -> bool:
-    """Is it the run whose oracle is looked at?"""
-    return self.model == "hysparse" and self.seed == 0 and self.rate is None and not self.again
+    """Is it a run whose oracle is looked at?"""
+    return self.model in WATCHED and self.seed == 0 and self.rate is None and not self.again
 
 
 class Piece(NamedTuple):
@@ -84,7 +86,7 @@ class Preset:
   lengths: tuple[int, ...]         # of the recall tasks
   samples: int                     # per task and length
   tasks: tuple[str, ...]
-  overlap_steps: int               # checkpoints of the first HySparse run whose oracle is looked at
+  overlap_steps: int               # checkpoints of a run whose oracle is looked at
   selection_tokens: int            # length of the selection that is kept for kernel benchmarks
   pieces: tuple[Piece, ...] = ()
 
@@ -135,7 +137,8 @@ def run_of(base: Config, model: str, seed: int, lengths, *, rate: float | None =
            steps: int | None = None) -> Run:
   """A model of a preset with the parameters of the preset's full-attention model.
 
-  `steps` instead of the preset's shorten the growth of the task samples alike.
+  `steps` instead of the preset's make it a tuning run, and shorten the growth of the task samples
+  alike.
   """
   target = body_params(dataclasses.replace(base.model, attention="full"))
   cfg = config.override(base, *MODELS[model][1], f"train.seed={seed}", f"data.seed={seed}")
@@ -143,7 +146,7 @@ def run_of(base: Config, model: str, seed: int, lengths, *, rate: float | None =
   if steps is not None:
     growth = round(cfg.data.task_warmup_steps * steps / cfg.train.steps)
     cfg = config.override(cfg, f"train.steps={steps}", f"data.task_warmup_steps={growth}")
-  return Run(model, seed, rate, cfg, tuple(lengths))
+  return Run(model, seed, rate, cfg, tuple(lengths), tuning=steps is not None)
 
 
 def with_rate(cfg: Config, rate: float) -> Config:
@@ -170,7 +173,7 @@ def predicted_flops(preset_: Preset, run: Run) -> tuple[float, float]:
   """(training, evaluation) FLOPs of one run."""
   cfg = run.cfg
   train = accounting.train_flops_per_token(cfg.model, cfg.data.seq_len) * tokens_of(cfg)
-  if run.rate is not None:
+  if run.tuning:
     return train, 0.0
   evaluation = sum(accounting.prefill_flops(cfg.model, length) for length in run.lengths)
   return train, float(evaluation * len(preset_.tasks) * preset_.samples)
@@ -253,6 +256,11 @@ def _h200(overrides) -> Preset:
   pieces += [Piece(f"{model}-s0", (run_of(short, model, 0, lengths[:3]),),
                    slow if model != "block_64" else "") for model in (
     "block_64", "block_32", "block_128")]
+  pieces += [one(model, seed) for seed in (1, 2) for model in ("hysparse_m3", "swa_m3")]
+  # Rates alone change what a model learns, so the base rates for those that tuning moves off them.
+  fixed = [run_of(base, model, seed, lengths, rate=1.0) for seed in (0, 1, 2)
+           for model in ("full", "swa")]
+  pieces += [Piece(run.name, (run,)) for run in fixed]
   return Preset("h200", base, lengths=lengths, samples=16,
                 tasks=tuple(token_tasks.TASKS), overlap_steps=5, selection_tokens=32_768,
                 pieces=tuple(pieces))

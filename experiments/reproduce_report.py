@@ -12,6 +12,9 @@ from hysparse_jax import plots
 from hysparse_jax.evals.recall import DEPTH_BINS
 
 
+SHOWN = (*HEADLINE, *ABLATIONS, "hysparse_m3", "swa_m3")    # where not every model has room
+
+
 def write(preset: Preset, results: list[dict], overlap: list[dict], workdir,
           note: str = "") -> pathlib.Path:
   """Writes report.md and its plots; what was not run yet is named as missing.
@@ -31,19 +34,24 @@ def write(preset: Preset, results: list[dict], overlap: list[dict], workdir,
     if main:
       parts += [_verdicts(preset, main), _identical(results, main, preset.lengths),
                 _plots(preset, main, workdir), _by_task(preset, main)]
-  parts += [_tuning(results), _mechanism(overlap, workdir)]
+  parts += [_tuning(results), _base_rates(preset, results)]
+  for model in dict.fromkeys(row["model"] for row in overlap):
+    parts.append(_mechanism(model, [row for row in overlap if row["model"] == model], workdir))
   path = workdir / "report.md"
   path.write_text("\n\n".join(part for part in parts if part) + "\n")
   return path
 
 
-def chosen_rows(results) -> dict[str, list[dict]]:
-  """The rows that count, by model and ascending seed: those trained at the family's tuned rate."""
+def chosen_rows(results, rate: float | None = None) -> dict[str, list[dict]]:
+  """The rows that count, by model and ascending seed: those trained at the family's tuned rate.
+
+  With `rate`, those trained at that multiple of the base rates, whatever tuning chose.
+  """
   final = {}
   for model in MODELS:
-    rate = reproduce_plan.tuned_rate(results, reproduce_plan.family(model))
+    wanted = rate or reproduce_plan.tuned_rate(results, reproduce_plan.family(model))
     rows = [row for row in results
-            if row["model"] == model and not row["tuning"] and row["rate"] == rate
+            if row["model"] == model and not row["tuning"] and row["rate"] == wanted
             and not row.get("again")]
     if rows:
       final[model] = sorted(rows, key=lambda row: row["seed"])
@@ -68,10 +76,12 @@ def _head(preset, results, final):
            for name in ("device", "jax", "commit")}
   cfg = preset.base
   repeated = {(row["model"], row["seed"]) for row in results if row.get("again")}
-  missing = [piece.name for piece in preset.pieces for run in piece.runs
-             if run.rate is None and not (
-               (run.model, run.seed) in repeated if run.again else
-               any(row["seed"] == run.seed for row in final.get(run.model, ())))]
+  missing = []
+  for run in (run for piece in preset.pieces for run in piece.runs if not run.tuning):
+    rows = final if run.rate is None else chosen_rows(results, run.rate)
+    if not ((run.model, run.seed) in repeated if run.again else
+            any(row["seed"] == run.seed for row in rows.get(run.model, ()))):
+      missing.append(run.name)
   lines = [
     f"# HySparse, reproduced small: preset `{preset.name}`", "",
     f"    python -m experiments.reproduce --preset={preset.name}", "",
@@ -101,13 +111,17 @@ def spread(values, spelling) -> str:
 
 
 def _models(models, seq_len, tokens):
+  title = f"## Models: rows of {seq_len:,}, {tokens:,} tokens each"
+  return title + "\n\n" + _models_table(models)
+
+
+def _models_table(models):
   lengths = next(iter(models.values()))[0]["lengths"]
   head = ["model", "what", "body params", "KV bytes/token",
           f"cache at {next(iter(models.values()))[0]['kv_tokens']:,}", "bits/byte",
           *(f"recall {length // 1024}k" if length >= 1024 else f"recall {length}"
             for length in lengths), "tokens/s", "seeds"]
-  lines = [f"## Models: rows of {seq_len:,}, {tokens:,} tokens each", "",
-           "Mean ± standard deviation over seeds. Recall in percent: mean over the "
+  lines = ["Mean ± standard deviation over seeds. Recall in percent: mean over the "
            f"{len(models[next(iter(models))][0]['recall'])} tasks of the share of references given "
            "(RULER's rule); lengths beyond the training rows are extrapolation.", "",
            "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -127,6 +141,18 @@ def _order(model):
 
 
 def _verdicts(preset, models):
+  return "\n".join([
+    "## The paper's claims", "",
+    "d: by how much the second model is worse. e: half the 95 % interval of d, from one standard "
+    "deviation pooled over all models with more than one seed. \"Worse\" is reproduced if "
+    "d - e > 0 and not if d + e stays below the margin "
+    f"({RECALL.margin:g} points of recall, {BITS.margin:g} bits per byte); \"no worse\" is "
+    "reproduced if d + e stays below the margin and d - e is not above 0, and not if it is. "
+    "Anything else is not decidable here (`experiments/verdicts.py`).", "",
+    *_verdict_lines(preset, models, CLAIMS)])
+
+
+def _verdict_lines(preset, models, claims):
   inside = trained_lengths(preset)
   beyond = [length for length in preset.lengths if length not in inside]
   figures = [(RECALL, f"recall to {max(inside):,}",
@@ -136,21 +162,14 @@ def _verdicts(preset, models):
                     {m: [mean_recall(row, beyond) for row in rows] for m, rows in models.items()}))
   figures.append((BITS, "bits per byte",
                   {m: [row["bits_per_byte"] for row in rows] for m, rows in models.items()}))
-  lines = ["## The paper's claims", "",
-           "d: by how much the second model is worse. e: half the 95 % interval of d, from one "
-           "standard deviation pooled over all models with more than one seed. \"Worse\" is "
-           "reproduced if d - e > 0 and not if d + e stays below the margin "
-           f"({RECALL.margin:g} points of recall, {BITS.margin:g} bits per byte); \"no worse\" is "
-           "reproduced if d + e stays below the margin and d - e is not above 0, and not if it is. "
-           "Anything else is not decidable here (`experiments/verdicts.py`).", "",
-           "| claim | figure | d | e | verdict |", "|---|---|---|---|---|"]
-  for claim in CLAIMS:
+  lines = ["| claim | figure | d | e | verdict |", "|---|---|---|---|---|"]
+  for claim in claims:
     for figure, name, values in figures:
       found = verdicts.decide(claim, figure, values)
       show = lambda number: "-" if not np.isfinite(number) else f"{number:+.3f}"
       lines.append(f"| {claim.text} | {name} | {show(found.difference)} | "
                    f"{show(found.error).replace('+', '±')} | **{found.outcome}**: {found.reason} |")
-  return "\n".join(lines)
+  return lines
 
 
 def _identical(results, models, lengths):
@@ -175,7 +194,7 @@ def _plots(preset, models, workdir):
             for model, rows in sorted(models.items(), key=lambda pair: _order(pair[0]))}
   paths = [plots.quality_against_cache(points, folder / "quality_against_cache.png",
                                        tokens=max(preset.lengths))]
-  shown = [model for model in (*HEADLINE, *ABLATIONS) if model in models]
+  shown = [model for model in SHOWN if model in models]
   paths.append(plots.lines_by_length(
     {model: [[mean_recall(row, [length]) for length in preset.lengths] for row in models[model]]
      for model in shown}, preset.lengths, folder / "recall_by_length.png",
@@ -196,10 +215,14 @@ def _plots(preset, models, workdir):
 
 
 def _by_task(preset, models):
+  title = f"## Tasks at {max(trained_lengths(preset)):,} tokens"
+  return title + "\n\n" + _task_table(preset, models)
+
+
+def _task_table(preset, models):
   length = max(trained_lengths(preset))
-  shown = [model for model in (*HEADLINE, *ABLATIONS) if model in models]
-  lines = [f"## Tasks at {length:,} tokens", "",
-           "Recall, percent, and exact-set F1 in brackets; means over seeds.", "",
+  shown = [model for model in SHOWN if model in models]
+  lines = ["Recall, percent, and exact-set F1 in brackets; means over seeds.", "",
            "| task | " + " | ".join(shown) + " |", "|" + "---|" * (len(shown) + 1)]
   for task in preset.tasks:
     cells = []
@@ -229,21 +252,32 @@ def _tuning(results):
   return "\n".join(lines)
 
 
-def _mechanism(overlap, workdir):
-  if not overlap:
-    return ""
+def _base_rates(preset, results):
+  """The same models and claims where all are trained at the base rates."""
+  models = chosen_rows(results, 1.0)
+  if all(rows == models.get(model) for model, rows in chosen_rows(results).items()):
+    return ""    # tuning chose nothing else
+  same = lambda row: (row["seq_len"], row["tokens"]) == (
+    preset.base.data.seq_len, reproduce_plan.tokens_of(preset.base))
+  models = {model: rows for model, rows in models.items() if same(rows[0])}
+  claims = [claim for claim in CLAIMS if claim.reference in models and claim.other in models]
+  return "\n".join([
+    "## All at the base learning rates", "",
+    "What tuning chose differs between families, and rates alone change which tasks are learned. "
+    "Here every model has the base rates (x1).", "", _models_table(models), "",
+    *_verdict_lines(preset, models, claims), "", _task_table(preset, models)])
+
+
+def _mechanism(model, overlap, workdir):
   last = max(row["step"] for row in overlap)
   now = [row for row in overlap if row["step"] == last]
-  by_distance = collections.defaultdict(list)
-  for row in now:
-    by_distance[row["distance"]].append(row["coverage"])
-  lines = ["## What the oracle does", "",
-           f"One HySparse run (`overlap.jsonl`), held-out rows of {now[0]['seq_len']:,} tokens, "
-           f"{now[0]['picks']} blocks of {now[0]['block_size']} a token. Attention mass that the "
-           f"picked blocks hold at step {last:,}, by layers since the full one (random blocks: "
-           f"{now[0]['chance']:.3f}): " + ", ".join(
-             f"{distance}: {np.mean(values):.3f}" for distance, values in sorted(
-               by_distance.items())) + ".", ""]
+  lines = [f"## What the oracle does: {MODELS[model][0]}", "",
+           f"The run `{model}-s{now[0]['seed']}` (`overlap.jsonl`), held-out rows of "
+           f"{now[0]['seq_len']:,} tokens, {now[0]['picks']} blocks of {now[0]['block_size']} a "
+           f"token. Attention mass that the picked blocks hold at step {last:,}, by layer, the "
+           f"choosing ones bold (random blocks: {now[0]['chance']:.3f}): " + ", ".join(
+             f"{'**' * (not row['distance'])}{row['layer']}{'**' * (not row['distance'])}: "
+             f"{row['coverage']:.3f}" for row in now) + ".", ""]
   gates = [row for row in now if row["gate_sparse"] is not None]
   if gates:
     show = lambda value: "-" if value is None else f"{value:.2f}"
@@ -263,9 +297,9 @@ def _mechanism(overlap, workdir):
                    + " | ".join(f"{union[w]:.1f}" if w in union else "-" for w in widths) + " |")
       for width, value in union.items():
         series[row["layer"]][width].append((row["step"], value))
-    path = plots.overlap_by_step(series, workdir / "plots" / "overlap_by_step.png")
-    lines += ["", f"![overlap by step](plots/{path.name})"]
+    path = plots.overlap_by_step(series, workdir / "plots" / model / "overlap_by_step.png")
+    lines += ["", f"![overlap by step](plots/{model}/{path.name})"]
   names = [name for name in ("oracle_coverage", "oracle_blocks", "oracle_overlap")
-           if (workdir / "plots" / f"{name}.png").is_file()]
-  lines += ["", *(f"![{name.replace('_', ' ')}](plots/{name}.png)" for name in names)]
+           if (workdir / "plots" / model / f"{name}.png").is_file()]
+  lines += ["", *(f"![{name.replace('_', ' ')}](plots/{model}/{name}.png)" for name in names)]
   return "\n".join(lines)

@@ -63,6 +63,10 @@ CLAIMS = (
   Claim("random blocks are worse than the oracle's", "hysparse", "random"),
   Claim("random blocks are worse than ablation 1", "no_local", "random"),
   Claim("random blocks are worse than ablation 2", "shared_local_kv", "random"),
+  Claim("at 1:3, HySparse is within noise of full attention, or better", "full", "hysparse_m3",
+        True),
+  Claim("at 1:3, Hybrid SWA is worse than full attention", "full", "swa_m3"),
+  Claim("at 1:3, Hybrid SWA is worse than HySparse", "hysparse_m3", "swa_m3"),
 )
 
 

@@ -40,7 +40,7 @@ def test_the_h200_plan_is_what_was_asked_for():
   assert names[9:12] == ["full-s0", "swa-s0", "hysparse-s0"]
   runs = [run for piece in plan.pieces for run in piece.runs if run.rate is None]
   assert {run.model for run in runs} == set(MODELS)
-  for model in reproduce_plan.HEADLINE:
+  for model in (*reproduce_plan.HEADLINE, "hysparse_m3", "swa_m3"):
     assert {run.seed for run in runs if run.model == model} >= {0, 1, 2}
   assert plan.base.model.layer_kinds.count("full") == 2 and plan.base.data.seq_len == 8192
   assert plan.lengths == (2048, 4096, 8192, 16_384, 32_768)
@@ -55,6 +55,10 @@ def test_the_h200_plan_is_what_was_asked_for():
   tuned = [run for piece in plan.pieces[:9] for run in piece.runs]
   assert [run.rate for run in tuned] == list(RATES) * 3
   assert {(run.cfg.train.steps, run.cfg.data.task_warmup_steps) for run in tuned} == {(512, 256)}
+  fixed = [run for piece in plan.pieces[9:] for run in piece.runs if run.rate is not None]
+  assert [(run.model, run.seed, run.rate, run.cfg.train.steps) for run in fixed] == [
+    (model, seed, 1.0, 896) for seed in (0, 1, 2) for model in ("full", "swa")]
+  assert not any(run.tuning for run in fixed) and all(run.tuning for run in tuned)
   assert all(reproduce_plan.predicted_minutes(plan, piece) < 8 for piece in plan.pieces)
   slow = {piece.name for piece in plan.pieces if piece.note}
   assert slow == {"block_32-s0", "block_128-s0"}
@@ -205,7 +209,7 @@ def test_the_report_decides_from_the_rows(tmp_path):
       cells = [level] * len(run.lengths)
       results.append({
         "preset": "h200", "model": run.model, "seed": run.seed, "rate": run.rate or 1.0,
-        "tuning": run.rate is not None, "again": run.again,
+        "tuning": run.tuning, "again": run.again,
         "train_loss": 2.0 + (run.rate or 1.0) ** 2,
         "bits_per_byte": 1.2 + 0.001 * rng.standard_normal(), "kv_bytes_total": 10**8,
         "kv_bytes_per_token": 1, "kv_tokens": 32768, "body_params": 39_000_000, "device": "made up",
@@ -213,8 +217,10 @@ def test_the_report_decides_from_the_rows(tmp_path):
         "tokens": reproduce_plan.tokens_of(run.cfg), "settings": "", "lengths": list(run.lengths),
         "recall": dict.fromkeys(plan.tasks, cells), "f1": dict.fromkeys(plan.tasks, cells),
         "by_depth": {"vt": [cells] * 5}})
-  for row in results:          # the tuned rate is 0.5: rows at another rate do not count
-    row["rate"] = row["rate"] if row["tuning"] else 0.5
+  for row, run in zip(results, [run for piece in plan.pieces for run in piece.runs]):
+    row["rate"] = run.rate or 0.5    # the tuned rate is 0.5: rows at another rate do not count
+    if not run.tuning and run.rate:
+      row["bits_per_byte"] = 7.5
   results.append({**results[9], "rate": 1.0, "bits_per_byte": 99.0})
   lines = reproduce_report.write(plan, results, [], tmp_path).read_text().splitlines()
   verdict = {tuple(line.split(" | ")[:2]): line for line in lines if line.startswith("| ")}
@@ -225,7 +231,13 @@ def test_the_report_decides_from_the_rows(tmp_path):
   assert claim("random blocks are worse than the oracle's", "recall to 8,192") == REPRODUCED
   assert claim("ablation 1: without the local branch it is worse",
                "recall to 8,192") == NOT_REPRODUCED
-  assert "99.0" not in "\n".join(lines)
+  split = lines.index("## All at the base learning rates")
+  assert "99.0" not in "\n".join(lines[:split]) and "7.5" not in "\n".join(lines[:split])
+  base_rates = lines[split:]
+  row = next(line for line in base_rates if line.startswith("| swa | "))
+  assert "7.5000 ± 0.0000" in row and row.endswith("| 3 |")
+  verdict_lines = [line for line in base_rates if line.startswith("| Hybrid SWA is worse than")]
+  assert [line.split("**")[1] for line in verdict_lines[:1]] == [REPRODUCED]
   assert any(line.startswith("| full | 2.2500 | 3.0000 | 6.0000 | x0.5") for line in lines)
   assert sum(line.startswith("## Models") for line in lines) == 2       # rows of 8,192 and of 2,048
   first, again = (next(row for row in results if row["model"] == "hysparse" and row["seed"] == 0
@@ -237,6 +249,7 @@ def test_the_report_decides_from_the_rows(tmp_path):
   assert any(line.startswith("| hysparse | ") and line.endswith("| 3 |") for line in lines)
   report = reproduce_report.write(plan, [row for row in results if not row["again"]], [], tmp_path,
                                   note="Two runs shared the GPU.").read_text()
+  assert "## All at the base learning rates" in report
   assert "Not run yet: hysparse-s0-again.\n\nTwo runs shared the GPU.\n" in report
 
 
