@@ -11,7 +11,6 @@ from experiments.verdicts import BITS, CLAIMS, RECALL
 from hysparse_jax import plots
 from hysparse_jax.evals.recall import DEPTH_BINS
 
-
 SHOWN = (*HEADLINE, *ABLATIONS, "hysparse_m3", "swa_m3")    # where not every model has room
 
 
