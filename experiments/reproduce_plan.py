@@ -259,8 +259,9 @@ def _h200(overrides) -> Preset:
   pieces += [one(model, seed) for seed in (1, 2) for model in ("hysparse_m3", "swa_m3")]
   # Rates alone change what a model learns, so the base rates for those that tuning moves off them.
   fixed = [run_of(base, model, seed, lengths, rate=1.0) for seed in (0, 1, 2)
-           for model in ("full", "swa")]
+           for model in ("full", "swa", "swa_m3")]
   pieces += [Piece(run.name, (run,)) for run in fixed]
+  pieces += [one(model, 2) for model in ABLATIONS[:3]]
   return Preset("h200", base, lengths=lengths, samples=16,
                 tasks=tuple(token_tasks.TASKS), overlap_steps=5, selection_tokens=32_768,
                 pieces=tuple(pieces))

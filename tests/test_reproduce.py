@@ -57,7 +57,7 @@ def test_the_h200_plan_is_what_was_asked_for():
   assert {(run.cfg.train.steps, run.cfg.data.task_warmup_steps) for run in tuned} == {(512, 256)}
   fixed = [run for piece in plan.pieces[9:] for run in piece.runs if run.rate is not None]
   assert [(run.model, run.seed, run.rate, run.cfg.train.steps) for run in fixed] == [
-    (model, seed, 1.0, 896) for seed in (0, 1, 2) for model in ("full", "swa")]
+    (model, seed, 1.0, 896) for seed in (0, 1, 2) for model in ("full", "swa", "swa_m3")]
   assert not any(run.tuning for run in fixed) and all(run.tuning for run in tuned)
   assert all(reproduce_plan.predicted_minutes(plan, piece) < 8 for piece in plan.pieces)
   slow = {piece.name for piece in plan.pieces if piece.note}
