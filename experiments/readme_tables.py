@@ -37,9 +37,15 @@ def read(name) -> list[dict]:
 
 
 def kernel_table(rows) -> str:
-  """Markdown: op and selection down, shapes across, `forward / forward and backward` in a cell."""
+  """Markdown: op and selection down, shapes across, `forward / forward and backward` in a cell.
+
+  A shape that was measured on another card than an H200 says so.
+  """
   speedup = _last(rows, "speedup")
-  lines = ["| | " + " | ".join(PAPER) + " |", "|---" * (len(PAPER) + 1) + "|"]
+  cards = {row["shape"]: row["device"].removeprefix("NVIDIA ").split()[0] for row in rows}
+  heads = [shape if cards.get(shape, "H200") == "H200" else f"{shape}, {cards[shape]}"
+           for shape in PAPER]
+  lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(PAPER) + 1) + "|"]
   for op in OPS:
     for selection in (None, *SELECTIONS):
       cells = [_cell(speedup, op, selection, shape, ("fwd", "fwd_bwd")) for shape in PAPER]
@@ -99,12 +105,17 @@ def step_table(rows) -> str:
 
 
 def evidence_table(rows) -> str:
-  """Markdown: the small models with rows of the longest length, means and spread over seeds."""
-  models = reproduce_report.chosen_rows(rows)
-  longest = max(row["seq_len"] for found in models.values() for row in found)
+  """Markdown: the small models with rows of the longest length, means and spread over seeds.
+
+  A model that was trained at the base rates besides those that tuning chose has a line for each.
+  """
+  tuned, base = reproduce_report.chosen_rows(rows), reproduce_report.chosen_rows(rows, 1.0)
+  models = [(model, found) for model in tuned for found in (tuned[model], base.get(model))
+            if found and (found is tuned[model] or found[0]["rate"] != tuned[model][0]["rate"])]
+  longest = max(row["seq_len"] for _, found in models for row in found)
   lines = [f"| | seeds | rates | KV cache at 32,768 | recall to {longest:,} | recall beyond "
            "| bits per byte |", "|---" * 7 + "|"]
-  for model, found in models.items():
+  for model, found in models:
     if found[0]["seq_len"] == longest:
       lengths = found[0]["lengths"]
       recall = [reproduce_report.spread([reproduce_report.mean_recall(row, some) for row in found],

@@ -33,7 +33,7 @@ def write(preset: Preset, results: list[dict], overlap: list[dict], workdir,
     if main:
       parts += [_verdicts(preset, main), _identical(results, main, preset.lengths),
                 _plots(preset, main, workdir), _by_task(preset, main)]
-  parts += [_tuning(results), _base_rates(preset, results)]
+  parts += [_tuning(results), _base_rates(preset, results, workdir)]
   for model in dict.fromkeys(row["model"] for row in overlap):
     parts.append(_mechanism(model, [row for row in overlap if row["model"] == model], workdir))
   path = workdir / "report.md"
@@ -185,14 +185,17 @@ def _identical(results, models, lengths):
   return "\n".join(["## Two identical runs", "", *lines]) if lines else ""
 
 
-def _plots(preset, models, workdir):
-  folder = workdir / "plots"
+def _quality(preset, models, path):
   inside = trained_lengths(preset)
   points = {model: (rows[0]["kv_bytes_total"], [row["bits_per_byte"] for row in rows],
                     [mean_recall(row, inside) for row in rows])
             for model, rows in sorted(models.items(), key=lambda pair: _order(pair[0]))}
-  paths = [plots.quality_against_cache(points, folder / "quality_against_cache.png",
-                                       tokens=max(preset.lengths))]
+  return plots.quality_against_cache(points, path, tokens=max(preset.lengths))
+
+
+def _plots(preset, models, workdir):
+  folder = workdir / "plots"
+  paths = [_quality(preset, models, folder / "quality_against_cache.png")]
   shown = [model for model in SHOWN if model in models]
   paths.append(plots.lines_by_length(
     {model: [[mean_recall(row, [length]) for length in preset.lengths] for row in models[model]]
@@ -251,7 +254,7 @@ def _tuning(results):
   return "\n".join(lines)
 
 
-def _base_rates(preset, results):
+def _base_rates(preset, results, workdir):
   """The same models and claims where all are trained at the base rates."""
   models = chosen_rows(results, 1.0)
   if all(rows == models.get(model) for model, rows in chosen_rows(results).items()):
@@ -260,11 +263,13 @@ def _base_rates(preset, results):
     preset.base.data.seq_len, reproduce_plan.tokens_of(preset.base))
   models = {model: rows for model, rows in models.items() if same(rows[0])}
   claims = [claim for claim in CLAIMS if claim.reference in models and claim.other in models]
+  path = _quality(preset, models, workdir / "plots" / "quality_against_cache_base_rates.png")
   return "\n".join([
     "## All at the base learning rates", "",
     "What tuning chose differs between families, and rates alone change which tasks are learned. "
     "Here every model has the base rates (x1).", "", _models_table(models), "",
-    *_verdict_lines(preset, models, claims), "", _task_table(preset, models)])
+    *_verdict_lines(preset, models, claims), "",
+    f"![quality against cache, base rates](plots/{path.name})", "", _task_table(preset, models)])
 
 
 def _mechanism(model, overlap, workdir):
@@ -274,7 +279,9 @@ def _mechanism(model, overlap, workdir):
            f"The run `{model}-s{now[0]['seed']}` (`overlap.jsonl`), held-out rows of "
            f"{now[0]['seq_len']:,} tokens, {now[0]['picks']} blocks of {now[0]['block_size']} a "
            f"token. Attention mass that the picked blocks hold at step {last:,}, by layer, the "
-           f"choosing ones bold (random blocks: {now[0]['chance']:.3f}): " + ", ".join(
+           "choosing ones bold; a sparse layer's is what its queries would give to all keys, "
+           "though only picked ones ever trained them (random blocks: "
+           f"{now[0]['chance']:.3f}): " + ", ".join(
              f"{'**' * (not row['distance'])}{row['layer']}{'**' * (not row['distance'])}: "
              f"{row['coverage']:.3f}" for row in now) + ".", ""]
   gates = [row for row in now if row["gate_sparse"] is not None]

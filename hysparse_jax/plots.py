@@ -254,7 +254,9 @@ def quality_against_cache(points: dict, path, *, tokens: int):
     for index, (model, values) in enumerate(points.items()):
       seeds = np.asarray(values[3 - column], float)
       axis.errorbar(values[0] / 1e6, seeds.mean(), yerr=seeds.std(ddof=1) if seeds.size > 1 else 0,
-                    marker="os^Dvp*X<>hd"[index % 12], capsize=3, linestyle="none", label=model)
+                    marker="os^Dvp*X<>hd"[index % 12],
+                    color=plt.get_cmap("tab20")(2 * index % 20 + index // 10 % 2),
+                    capsize=3, linestyle="none", label=model)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
@@ -267,7 +269,7 @@ def quality_against_cache(points: dict, path, *, tokens: int):
 
 def lines_by_length(lines: dict, lengths, path, *, title: str, y_name: str):
   """Lines over sequence lengths with the spread over seeds: name -> f [seeds, lengths]."""
-  figure, axis = plt.subplots(figsize=(7, 4))
+  figure, axis = plt.subplots(figsize=(8.5, 4))
   for name, values in lines.items():
     values = np.asarray(values, float)
     spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
@@ -275,7 +277,7 @@ def lines_by_length(lines: dict, lengths, path, *, title: str, y_name: str):
   axis.set_xscale("log", base=2)
   axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
   axis.set(xlabel="tokens", ylabel=y_name, title=title)
-  axis.legend(fontsize=7, ncol=2)
+  axis.legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
   axis.grid(alpha=0.3)
   return _save(figure, path)
 
@@ -288,8 +290,8 @@ def overlap_by_step(unions: dict, path):
     for width, points in widths.items():
       axis.plot(*zip(*points), marker="o", label=f"U({width})")
     axis.set(xlabel="step", title=f"layer {layer}")
-    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
+  axes[0, 0].set_ylim(bottom=0)     # shared, and fixed from here on: once all lines are there
   axes[0, 0].set_ylabel("distinct blocks, mean")
-  axes[0, -1].legend(fontsize=7)
+  axes[0, -1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
   return _save(figure, path)

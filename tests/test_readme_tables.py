@@ -13,24 +13,30 @@ def test_the_readme_says_what_was_measured():
 
 
 def test_the_last_row_counts():
-  row = {"op": "oracle_attention", "shape": "7b_32k", "pass": "fwd", "speedup": 1.0}
+  row = {"op": "oracle_attention", "shape": "7b_32k", "pass": "fwd", "speedup": 1.0,
+         "device": "NVIDIA H200"}
   table = readme_tables.kernel_table([row, row | {"speedup": 1.026}, row | {
     "op": "block_sparse_attention", "selection": "random", "pass": "fwd_bwd", "speedup": 3.14}])
   assert "| oracle, blocks chosen | – | 1.03 / – | – | – | – |" in table
   assert "| block-sparse, `random` | – | – / 3.1 | – | – | – |" in table
-  assert table.count("\n") == 3
+  assert table.count("\n") == 3 and "H200" not in table
+  table = readme_tables.kernel_table([row, row | {"device": "NVIDIA H100 80GB HBM3"}])
+  assert table.startswith("| | 7b_8k | 7b_32k, H100 | 7b_128k |")
 
 
 def test_small_models_are_means_over_seeds_at_the_tuned_rate():
   row = {"model": "full", "seed": 0, "rate": 1.0, "tuning": False, "seq_len": 64,
          "lengths": [32, 64, 128], "recall": {"vt": [0.5, 0.7, 0.2]}, "kv_bytes_total": 5e6,
          "train_loss": 1.0, "bits_per_byte": 1.0}
-  table = readme_tables.evidence_table([
-    row, row | {"seed": 1, "bits_per_byte": 2.0}, row | {"rate": 2.0, "seed": 2},
-    row | {"tuning": True}, row | {"model": "block_64", "seq_len": 16}])
+  rows = [row, row | {"seed": 1, "bits_per_byte": 2.0}, row | {"rate": 2.0, "seed": 2},
+          row | {"tuning": True}, row | {"model": "block_64", "seq_len": 16}]
+  table = readme_tables.evidence_table(rows)
   assert "recall to 64 | recall beyond" in table
-  assert table.endswith(
-    "| `full` | 2 | x1 | 5 MB | 60.0 ± 0.0 % | 20.0 ± 0.0 % | 1.500 ± 0.707 |")
+  base = "| `full` | 2 | x1 | 5 MB | 60.0 ± 0.0 % | 20.0 ± 0.0 % | 1.500 ± 0.707 |"
+  assert table.endswith("|\n" + base) and table.count("`full`") == 1
+  tuned = [row | {"tuning": True, "rate": rate, "train_loss": -rate} for rate in (0.5, 2.0)]
+  table = readme_tables.evidence_table(rows + tuned)     # now x2 has the lowest loss of three
+  assert table.endswith("| `full` | 1 | x2 | 5 MB | 60.0 % | 20.0 % | 1.000 |\n" + base)
 
 
 def test_counts_of_a_generation():

@@ -11,6 +11,8 @@ keys are recomputed densely in float32, in query chunks, without sinks:
     coverage[t, n] = sum of softmax(q_t k_j / sqrt(H)) over the keys j <= t of t's picked blocks
 
 with q the layer's own and k the full layer's, so that 1 means that the selection misses nothing.
+Of a sparse layer this is hypothetical: it attends to picked keys alone, so nothing in training
+keeps its queries away from the others, and a low share does not say that it misses something.
 
 Axis letters: B batch, T query, S key, N query heads, K KV heads, H head dim, P picked blocks.
 """
