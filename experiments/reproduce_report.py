@@ -258,13 +258,16 @@ def _tuning(results):
 
 
 def _base_rates(preset, results, workdir):
-  """The same models and claims where all are trained at the base rates."""
-  models = chosen_rows(results, 1.0)
-  if all(rows == models.get(model) for model, rows in chosen_rows(results).items()):
-    return ""    # tuning chose nothing else
+  """The same models and claims where all are trained at the base rates.
+
+  Nothing where no model has such rows besides those that tuning chose.
+  """
   same = lambda row: (row["seq_len"], row["tokens"]) == (
     preset.base.data.seq_len, reproduce_plan.tokens_of(preset.base))
-  models = {model: rows for model, rows in models.items() if same(rows[0])}
+  models = {model: rows for model, rows in chosen_rows(results, 1.0).items() if same(rows[0])}
+  tuned = chosen_rows(results)
+  if all(rows == tuned.get(model) for model, rows in models.items()):
+    return ""
   claims = [claim for claim in CLAIMS if claim.reference in models and claim.other in models]
   path = _quality(preset, models, workdir / "plots" / "quality_against_cache_base_rates.png")
   return "\n".join([

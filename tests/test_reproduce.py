@@ -254,6 +254,9 @@ def test_the_report_decides_from_the_rows(tmp_path):
                                   note="Two runs shared the GPU.").read_text()
   assert "## All at the base learning rates" in report
   assert "Not run yet: hysparse-s0-again.\n\nTwo runs shared the GPU.\n" in report
+  for kept in (9, 10):         # tuning alone, then one model at the rate that it chose
+    report = reproduce_report.write(plan, results[:kept], [], tmp_path).read_text()
+    assert "## All at the base" not in report and ("## Models" in report) == (kept == 10)
 
 
 @pytest.mark.parametrize("arguments, message", [
