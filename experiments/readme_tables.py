@@ -39,12 +39,14 @@ def read(name) -> list[dict]:
 def kernel_table(rows) -> str:
   """Markdown: op and selection down, shapes across, `forward / forward and backward` in a cell.
 
-  A shape that was measured on another card than an H200 says so.
+  A shape names the cards it was measured on where these are not H200s alone.
   """
-  speedup = _last(rows, "speedup")
-  cards = {row["shape"]: row["device"].removeprefix("NVIDIA ").split()[0] for row in rows}
-  heads = [shape if cards.get(shape, "H200") == "H200" else f"{shape}, {cards[shape]}"
-           for shape in PAPER]
+  speedup, devices = _last(rows, "speedup"), _last(rows, "device")
+  heads = []
+  for shape in PAPER:
+    cards = sorted({device.removeprefix("NVIDIA ").split()[0] for key, device in devices.items()
+                    if key[0] in OPS and key[2] == shape})
+    heads.append(shape if cards in ([], ["H200"]) else f"{shape}, {' and '.join(cards)}")
   lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(PAPER) + 1) + "|"]
   for op in OPS:
     for selection in (None, *SELECTIONS):
@@ -59,7 +61,8 @@ def tpu_table(rows) -> str:
   lines = ["| | | " + " | ".join(PAPER) + " |", "|---" * (len(PAPER) + 2) + "|"]
   for generation in sorted({row["generation"] for row in rows}):
     here = [row for row in rows if row["generation"] == generation]
-    speedup, share = _last(here, "speedup"), _last(here, "mxu_share", 100)
+    speedup = _last(here, "speedup")
+    share = {key: 100 * value for key, value in _last(here, "mxu_share").items()}
     cost = _last(here, "over_no_maxima")
     for op, selection in COUNTED:
       lines.append(_line([generation, _label(op, selection)], [
@@ -72,10 +75,10 @@ def tpu_table(rows) -> str:
   return "\n".join(lines)
 
 
-def _last(rows, field, scale=1):
-  """{(op, selection, shape, pass): the field of the last such row, times scale}."""
-  return {(row["op"], row.get("selection"), row["shape"], row["pass"]): row[field] * scale
-          for row in rows if field in row}
+def _last(rows, field):
+  """{(op, selection, shape, pass): the field of the last such row}."""
+  return {(row["op"], row.get("selection"), row["shape"], row["pass"]): row[field]
+          for row in rows if field in row and "pass" in row}
 
 
 def _label(op, selection) -> str:
@@ -113,8 +116,8 @@ def evidence_table(rows) -> str:
   models = [(model, found) for model in tuned for found in (tuned[model], base.get(model))
             if found and (found is tuned[model] or found[0]["rate"] != tuned[model][0]["rate"])]
   longest = max(row["seq_len"] for _, found in models for row in found)
-  lines = [f"| | seeds | rates | KV cache at 32,768 | recall to {longest:,} | recall beyond "
-           "| bits per byte |", "|---" * 7 + "|"]
+  lines = [f"| | seeds | rates | KV cache at {rows[0]['kv_tokens']:,} | recall to {longest:,} "
+           "| recall beyond | bits per byte |", "|---" * 7 + "|"]
   for model, found in models:
     if found[0]["seq_len"] == longest:
       lengths = found[0]["lengths"]

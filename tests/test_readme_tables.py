@@ -1,5 +1,7 @@
 """The README's tables of kernels are the results files', and those hold what was promised."""
 
+import re
+
 import pytest
 
 from experiments import readme_tables
@@ -22,16 +24,33 @@ def test_the_last_row_counts():
   assert table.count("\n") == 3 and "H200" not in table
   table = readme_tables.kernel_table([row, row | {"device": "NVIDIA H100 80GB HBM3"}])
   assert table.startswith("| | 7b_8k | 7b_32k, H100 | 7b_128k |")
+  table = readme_tables.kernel_table([row, row | {"pass": "fwd_bwd", "device": "NVIDIA H100 80GB"}])
+  assert table.startswith("| | 7b_8k | 7b_32k, H100 and H200 | 7b_128k |")
+
+
+def test_the_verdicts_in_the_readme_are_the_report_s():
+  """Every `a ± b` of the prose about small models is a row of a report, rounded as it is there."""
+  readme = (readme_tables.ROOT / "README.md").read_text()
+  prose = readme.split("<!-- /evidence -->")[1].split("Kernels on one NVIDIA H200")[0]
+  said = re.findall(r"(\d+\.\d+) ± (\d+\.\d+)", " ".join(prose.split()))
+  reports = "".join((readme_tables.RESULTS / name / "report.md").read_text()
+                    for name in ("reproduce_h200", "reproduce_h200_25_layers"))
+  there = re.findall(r"(\d+\.\d+) (?:\| )?± ?(\d+\.\d+)", reports)
+  places = lambda number, text: f"{float(number):.{len(text.partition('.')[2])}f}"
+  assert len(said) >= 14
+  for value, error in said:
+    assert any((places(a, value), places(b, error)) == (value, error) for a, b in there), (
+      f"README says {value} ± {error}, no report does")
 
 
 def test_small_models_are_means_over_seeds_at_the_tuned_rate():
   row = {"model": "full", "seed": 0, "rate": 1.0, "tuning": False, "seq_len": 64,
          "lengths": [32, 64, 128], "recall": {"vt": [0.5, 0.7, 0.2]}, "kv_bytes_total": 5e6,
-         "train_loss": 1.0, "bits_per_byte": 1.0}
+         "kv_tokens": 96, "train_loss": 1.0, "bits_per_byte": 1.0}
   rows = [row, row | {"seed": 1, "bits_per_byte": 2.0}, row | {"rate": 2.0, "seed": 2},
           row | {"tuning": True}, row | {"model": "block_64", "seq_len": 16}]
   table = readme_tables.evidence_table(rows)
-  assert "recall to 64 | recall beyond" in table
+  assert "KV cache at 96 | recall to 64 | recall beyond" in table
   base = "| `full` | 2 | x1 | 5 MB | 60.0 ± 0.0 % | 20.0 ± 0.0 % | 1.500 ± 0.707 |"
   assert table.endswith("|\n" + base) and table.count("`full`") == 1
   tuned = [row | {"tuning": True, "rate": rate, "train_loss": -rate} for rate in (0.5, 2.0)]

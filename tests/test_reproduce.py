@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import cli, reproduce, reproduce_plan, reproduce_report, selections, verdicts
+from experiments import (
+  cli,
+  readme_tables,
+  reproduce,
+  reproduce_plan,
+  reproduce_report,
+  selections,
+  verdicts,
+)
 from experiments.reproduce_plan import MODELS, RATES, body_params, preset
 from experiments.verdicts import BITS, NOT_REPRODUCED, RECALL, REPRODUCED, UNDECIDABLE, Claim
 from hysparse_jax.errors import UserError
@@ -257,6 +266,17 @@ def test_the_report_decides_from_the_rows(tmp_path):
   for kept in (9, 10):         # tuning alone, then one model at the rate that it chose
     report = reproduce_report.write(plan, results[:kept], [], tmp_path).read_text()
     assert "## All at the base" not in report and ("## Models" in report) == (kept == 10)
+
+
+def test_the_kept_report_is_what_the_kept_rows_say(tmp_path):
+  folder = readme_tables.RESULTS / "reproduce_h200"
+  shutil.copytree(folder / "plots", tmp_path / "plots")     # those of the oracle need the model
+  kept = (folder / "report.md").read_text()
+  note = next(line for line in kept.splitlines() if line.startswith("The final runs were made"))
+  written = reproduce_report.write(
+    preset("h200"), readme_tables.read("reproduce_h200/results"), readme_tables.read("overlap"),
+    tmp_path, note).read_text()
+  assert written == kept
 
 
 @pytest.mark.parametrize("arguments, message", [
