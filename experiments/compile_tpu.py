@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import cli
-from hysparse_jax import cache as kv_cache
-from hysparse_jax import config, sharding, train_step
-from hysparse_jax.data import Batch
+from hysparse_jax import config, sharding
+from hysparse_jax.data.batches import Batch
 from hysparse_jax.errors import UserError
+from hysparse_jax.model import cache as kv_cache
+from hysparse_jax.training import step as train_step
 from pallas_kernels import tpu
 
 STEPS = ("train", "prefill", "decode")

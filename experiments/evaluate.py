@@ -30,16 +30,16 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
-from hysparse_jax import data
 from hysparse_jax.config import Config
+from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
-from hysparse_jax.evals import text_tasks, token_tasks
-from hysparse_jax.evals.heldout import heldout
 from hysparse_jax.evals.needle import needle
 from hysparse_jax.evals.oracle import UNION_TOKENS, oracle
 from hysparse_jax.evals.recall import DEPTH_BINS, recall, recall_text
-from hysparse_jax.model import Transformer
-from hysparse_jax.run import load_run
+from hysparse_jax.inference.load import load_run
+from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.tasks import text_tasks, token_tasks
+from hysparse_jax.training.heldout import heldout
 
 _TASKS = flags.DEFINE_list("tasks", None, "Of heldout, needle, oracle, ruler, and the recall tasks "
                                           "by name; default: the first three, if the model has "

@@ -6,8 +6,8 @@
 
 The same from Python:
 
-    from hysparse_jax.run import load_run
-    from hysparse_jax.sampling import generate_text
+    from hysparse_jax.inference.load import load_run
+    from hysparse_jax.inference.sampling import generate_text
 
     cfg, model, tokenizer, step = load_run("runs/tiny")
     print(generate_text(model, tokenizer, "def main(", 200, temperature=0.8, seed=1))
@@ -20,8 +20,8 @@ from rich.console import Console
 
 from experiments import cli
 from hysparse_jax.errors import UserError
-from hysparse_jax.run import load_run
-from hysparse_jax.sampling import generate_text
+from hysparse_jax.inference.load import load_run
+from hysparse_jax.inference.sampling import generate_text
 
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Tokens to add at most.")

@@ -14,7 +14,8 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli, reproduce_report
+from experiments import cli
+from experiments.reproduce import report as reproduce_report
 from hysparse_jax.errors import UserError
 from pallas_kernels.named_shapes import PAPER
 

@@ -1,14 +1,14 @@
 """The attention ops of HySparse: one public function each, one `implementation` argument."""
 
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention, plan_blocks
-from pallas_kernels.decode.api import (
+from pallas_kernels.cached_attention.api import (
   cached_block_sparse_attention,
   cached_oracle_attention,
   cached_sliding_window_attention,
 )
-from pallas_kernels.hybrid_sparse_attention.api import hybrid_sparse_attention
 from pallas_kernels.oracle_attention.api import oracle_attention
 from pallas_kernels.sliding_window_attention.api import sliding_window_attention
+from pallas_kernels.sparse_layer_attention.api import hybrid_sparse_attention
 
 __all__ = [
   "block_sparse_attention",

@@ -5,7 +5,7 @@ import json
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from hysparse_jax.corpus import Corpus
+from hysparse_jax.data.corpus import Corpus
 
 # Every document opens with its own number, so a stream of tokens can be read back into documents.
 # Lengths run from shorter than a tenth of a row to several rows.

@@ -15,7 +15,7 @@ from hysparse_jax import accounting, config
 from hysparse_jax.accounting import account
 from hysparse_jax.config import ModelConfig, MoeConfig
 from hysparse_jax.errors import UserError
-from hysparse_jax.model import Transformer
+from hysparse_jax.model.transformer import Transformer
 
 REPO = pathlib.Path(__file__).parents[1]
 SMALL = ModelConfig(vocab_size=50, num_layers=6, d_model=24, num_heads=4, num_kv_heads=2,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hysparse_jax import block_choice
 from hysparse_jax.config import ModelConfig
 from hysparse_jax.errors import UserError
-from hysparse_jax.hybrid import FullLayer, Rows
-from hysparse_jax.model import positions_within
+from hysparse_jax.model import block_choice
+from hysparse_jax.model.hybrid import FullLayer, Rows
+from hysparse_jax.model.transformer import positions_within
 
 CFG = ModelConfig(num_layers=3, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=16,
                   sparse_per_full=1, block_size=4, selected_tokens=12, window=8, dtype="float32")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import masked_attention
 from pallas_kernels.block_sparse_attention.shapes import SHAPES
+from pallas_kernels.reference import masked_attention
 from tests import float64_loops as loops
 from tests.attention_inputs import jitted, normal, packed_segments, qkv, random_blocks
 from tests.tolerances import assert_close

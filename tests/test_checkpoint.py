@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hysparse_jax import guard, optim, sharding
-from hysparse_jax.checkpoint import TMP_MARK, Checkpoints, abstract_state
+from hysparse_jax import sharding
 from hysparse_jax.config import MeshConfig, ModelConfig, OptimConfig
 from hysparse_jax.errors import UserError
-from hysparse_jax.layers import Mlp, stacked
+from hysparse_jax.model.layers import Mlp, stacked
+from hysparse_jax.training import guard, optim
+from hysparse_jax.training.checkpoint import TMP_MARK, Checkpoints, abstract_state
 
 EXTRA = {"data": "fingerprint é", "steps": 12345678901234567890, "rates": [1e-5, 0.1, None, True]}
 
@@ -350,7 +351,7 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import jax.numpy as jnp
-from hysparse_jax.checkpoint import Checkpoints
+from hysparse_jax.training.checkpoint import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 state = lambda value: {"w": jnp.full((4000, 4000), value), "step": jnp.int32(value)}
 checkpoints.save(1, state(1.0), {}, block=True)

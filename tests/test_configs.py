@@ -11,7 +11,7 @@ from flax import nnx
 
 from hysparse_jax import accounting, config
 from hysparse_jax.errors import UserError
-from hysparse_jax.model import Transformer
+from hysparse_jax.model.transformer import Transformer
 
 REPO = pathlib.Path(__file__).parents[1]
 GOLDEN = REPO / "tests" / "golden"

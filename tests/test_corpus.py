@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from hysparse_jax import corpus
 from hysparse_jax.config import DataConfig
-from hysparse_jax.corpus import Corpus
+from hysparse_jax.data import corpus
+from hysparse_jax.data.corpus import Corpus
 from hysparse_jax.errors import UserError
 from tests.corpora import (
   DOCUMENTS,

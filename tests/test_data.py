@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from hysparse_jax import data
 from hysparse_jax.config import DataConfig
+from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
 from tests.corpora import DOCUMENTS, read_back, train_documents, write_folder, write_tokenizer
 
@@ -248,7 +248,7 @@ def test_an_open_iterator_ends_with_its_process(cfg, tmp_path, workers, ending, 
   # reading it to its end means waiting for them. A SIGTERM of theirs is the parent's business.
   script = f"""
 import multiprocessing, os, signal
-from hysparse_jax import data
+from hysparse_jax.data import batches as data
 from hysparse_jax.config import DataConfig
 batches = data.TrainStream(DataConfig(source={cfg.source!r}, seq_len=64, batch_size=4,
                                       heldout_fraction=0.15, workers={workers})).iterator(0)

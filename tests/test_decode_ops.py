@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import masked_attention
-from pallas_kernels.decode.shapes import SHAPES
+from pallas_kernels.cached_attention.shapes import SHAPES
+from pallas_kernels.reference import masked_attention
 from tests import float64_loops as loops
 from tests.attention_inputs import jitted, normal, qkv, random_blocks
 from tests.tolerances import assert_close

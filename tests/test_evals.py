@@ -9,15 +9,15 @@ import pytest
 from flax import nnx
 
 from hysparse_jax.config import ModelConfig
-from hysparse_jax.data import Batch
+from hysparse_jax.data.batches import Batch
+from hysparse_jax.data.tokenizer import ByteTokenizer
 from hysparse_jax.errors import UserError
-from hysparse_jax.evals import heldout as heldout_eval
 from hysparse_jax.evals import needle as needle_eval
 from hysparse_jax.evals import oracle as oracle_eval
-from hysparse_jax.hybrid import by_layer
-from hysparse_jax.model import Transformer
-from hysparse_jax.tokenizer import ByteTokenizer
-from pallas_kernels import masked_attention
+from hysparse_jax.model.hybrid import by_layer
+from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.training import heldout as heldout_eval
+from pallas_kernels.reference import masked_attention
 from tests.tolerances import assert_close
 
 # Layers: full sparse sparse, twice, and a last full one. Three of up to twelve blocks are picked.

@@ -13,10 +13,10 @@ from flax import nnx
 from experiments import cli, evaluate, generate
 from hysparse_jax import plots
 from hysparse_jax.config import Config, DataConfig, ModelConfig
-from hysparse_jax.evals import token_tasks
-from hysparse_jax.model import Transformer
-from hysparse_jax.sampling import generate_text
-from hysparse_jax.tokenizer import ByteTokenizer
+from hysparse_jax.data.tokenizer import ByteTokenizer
+from hysparse_jax.inference.sampling import generate_text
+from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.tasks import token_tasks
 
 
 @pytest.fixture(scope="module")

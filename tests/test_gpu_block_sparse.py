@@ -12,19 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import selections
+from experiments.bench import selections
 from pallas_kernels import compat
-from pallas_kernels.block_sparse_attention import (
-  gpu,
-  index_plan,
-  mosaic_gpu,
-  mosaic_gpu_split,
-  reference,
-)
-from pallas_kernels.hybrid_sparse_attention import gpu as hybrid_gpu
-from pallas_kernels.hybrid_sparse_attention import reference as hybrid_reference
-from pallas_kernels.sliding_window_attention import gpu as window_gpu
+from pallas_kernels.block_sparse_attention import reference
+from pallas_kernels.block_sparse_attention.gpu import forward as mosaic_gpu
+from pallas_kernels.block_sparse_attention.gpu import forward_split as mosaic_gpu_split
+from pallas_kernels.block_sparse_attention.gpu import op as gpu
+from pallas_kernels.block_sparse_attention.gpu import plan as index_plan
 from pallas_kernels.sliding_window_attention import reference as window_reference
+from pallas_kernels.sliding_window_attention.gpu import op as window_gpu
+from pallas_kernels.sparse_layer_attention import reference as hybrid_reference
+from pallas_kernels.sparse_layer_attention.gpu import op as hybrid_gpu
 from tests import triton_interpreter
 from tests.attention_inputs import jitted
 
@@ -291,7 +289,7 @@ def test_forward_lowers_for_cuda(monkeypatch, group, head_dim, segmented, tokens
 ])
 def test_whole_op_interpreted(on_cpu, monkeypatch, batch, tokens, kv_heads, group, picks,
                               segmented, threshold, partial_bytes):
-  from pallas_kernels.block_sparse_attention import triton as key_major
+  from pallas_kernels.block_sparse_attention.gpu import backward as key_major
 
   small = key_major.KeyMajorConfig(partial_bytes=partial_bytes)
   monkeypatch.setattr(key_major, "KeyMajorConfig", lambda: small)
@@ -342,7 +340,7 @@ def compare_hybrid(seed, batch, tokens, kv_heads, group, head_dim, dtype, picks,
 ])
 def test_hybrid_interpreted(on_cpu, monkeypatch, batch, tokens, group, threshold, per_head,
                             segmented):
-  from pallas_kernels.block_sparse_attention import triton as key_major
+  from pallas_kernels.block_sparse_attention.gpu import backward as key_major
 
   small = key_major.KeyMajorConfig(partial_bytes=1)
   monkeypatch.setattr(key_major, "KeyMajorConfig", lambda: small)

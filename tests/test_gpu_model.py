@@ -8,10 +8,10 @@ from flax import nnx
 
 from hysparse_jax import sharding
 from hysparse_jax.config import MeshConfig, ModelConfig
-from hysparse_jax.hybrid import plan_of
-from hysparse_jax.model import Transformer
+from hysparse_jax.model.hybrid import plan_of
+from hysparse_jax.model.transformer import Transformer
 from pallas_kernels import plan_blocks
-from pallas_kernels.hybrid_sparse_attention import gpu
+from pallas_kernels.sparse_layer_attention.gpu import op as gpu
 
 MODEL = ModelConfig(
   vocab_size=64, num_layers=7, d_model=64, num_heads=4, num_kv_heads=2, head_dim=64, d_ff=64,

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.oracle_attention import mosaic_gpu, mosaic_gpu_forward, reference
-from pallas_kernels.oracle_attention.mosaic_gpu_select import ascending_network, select
+from pallas_kernels.oracle_attention import reference
+from pallas_kernels.oracle_attention.gpu import forward as mosaic_gpu_forward
+from pallas_kernels.oracle_attention.gpu import op as mosaic_gpu
+from pallas_kernels.oracle_attention.gpu.select import ascending_network, select
 
 INTERPRET = compat.InterpretGPUParams()
 # ||x - ref|| / ||ref||: p and ds enter the tensor cores in 8 (11) bits, the result is rounded too.

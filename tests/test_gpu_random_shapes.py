@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.block_selection import select_blocks
-from pallas_kernels.masked_attention import masked_attention
+from pallas_kernels.reference.block_selection import select_blocks
+from pallas_kernels.reference.masked_attention import masked_attention
 
 pytestmark = pytest.mark.gpu
 

@@ -5,9 +5,9 @@ import optax
 import pytest
 from flax import nnx
 
-from hysparse_jax import guard, optim
 from hysparse_jax.config import ModelConfig, OptimConfig
-from hysparse_jax.layers import Mlp
+from hysparse_jax.model.layers import Mlp
+from hysparse_jax.training import guard, optim
 from tests.tolerances import assert_close
 
 FACTOR = 10.0

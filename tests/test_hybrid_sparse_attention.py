@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.hybrid_sparse_attention.shapes import SHAPES
+from pallas_kernels.sparse_layer_attention.shapes import SHAPES
 from tests import float64_loops as loops
 from tests.attention_inputs import jitted, normal, packed_segments, qkv, random_blocks
 from tests.tolerances import assert_close

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hysparse_jax import config, model
-from hysparse_jax.cache import init_cache
-from hysparse_jax.data import Batch
+from hysparse_jax import config
+from hysparse_jax.data.batches import Batch
 from hysparse_jax.errors import UserError
-from hysparse_jax.hybrid import FullLayer, Rows, SparseLayer
-from hysparse_jax.model import Transformer
+from hysparse_jax.model import transformer as model
+from hysparse_jax.model.cache import init_cache
+from hysparse_jax.model.hybrid import FullLayer, Rows, SparseLayer
+from hysparse_jax.model.transformer import Transformer
 from tests.tolerances import TOLERANCES, assert_close
 
 # Two groups of layers, (full + 2) and a last full one; 8 blocks of 16 keys at T=128, 2 selected.

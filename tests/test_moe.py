@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hysparse_jax import moe
 from hysparse_jax.config import MeshConfig, ModelConfig, MoeConfig
 from hysparse_jax.errors import UserError
-from hysparse_jax.layers import Mlp
+from hysparse_jax.model import moe
+from hysparse_jax.model.layers import Mlp
 from hysparse_jax.sharding import make_mesh
 from tests.tolerances import assert_close
 

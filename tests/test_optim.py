@@ -8,9 +8,10 @@ import optax
 import pytest
 from flax import nnx
 
-from hysparse_jax import optim, sharding
+from hysparse_jax import sharding
 from hysparse_jax.config import MeshConfig, OptimConfig
-from hysparse_jax.layers import ones, scaled_normal, stacked, weight
+from hysparse_jax.model.layers import ones, scaled_normal, stacked, weight
+from hysparse_jax.training import optim
 from tests.tolerances import assert_close
 
 MUON = OptimConfig(optimizer="muon", schedule="constant", warmup_steps=0, lr=1e-2, muon_lr=0.5,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import masked_attention
 from pallas_kernels.oracle_attention.shapes import SHAPES
+from pallas_kernels.reference import masked_attention
 from tests import float64_loops as loops
 from tests.attention_inputs import jitted, normal, packed_segments, qkv, small_integers
 from tests.tolerances import assert_close

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from hysparse_jax.data.tokenizer import ByteTokenizer
 from hysparse_jax.errors import UserError
-from hysparse_jax.evals import text_tasks, token_tasks
-from hysparse_jax.evals.token_tasks import RULER, TASKS, Ids, min_length, sample
-from hysparse_jax.tokenizer import ByteTokenizer
+from hysparse_jax.tasks import text_tasks, token_tasks
+from hysparse_jax.tasks.token_tasks import RULER, TASKS, Ids, min_length, sample
 
 IDS = Ids(256, 768)
 MARK = {name: IDS.marker(name) for name in token_tasks.MARKERS}

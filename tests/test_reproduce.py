@@ -10,17 +10,21 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import (
-  cli,
-  readme_tables,
-  reproduce,
-  reproduce_plan,
-  reproduce_report,
-  selections,
-  verdicts,
+from experiments import cli, readme_tables
+from experiments.bench import selections
+from experiments.reproduce import plan as reproduce_plan
+from experiments.reproduce import report as reproduce_report
+from experiments.reproduce import run as reproduce
+from experiments.reproduce import verdicts
+from experiments.reproduce.plan import MODELS, RATES, body_params, preset
+from experiments.reproduce.verdicts import (
+  BITS,
+  NOT_REPRODUCED,
+  RECALL,
+  REPRODUCED,
+  UNDECIDABLE,
+  Claim,
 )
-from experiments.reproduce_plan import MODELS, RATES, body_params, preset
-from experiments.verdicts import BITS, NOT_REPRODUCED, RECALL, REPRODUCED, UNDECIDABLE, Claim
 from hysparse_jax.errors import UserError
 
 WORSE, NO_WORSE = Claim("", "a", "b"), Claim("", "a", "b", True)

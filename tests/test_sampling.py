@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hysparse_jax import sampling
 from hysparse_jax.config import ModelConfig
+from hysparse_jax.data.tokenizer import ByteTokenizer
 from hysparse_jax.errors import UserError
-from hysparse_jax.model import Transformer
-from hysparse_jax.sampling import TextStream, generate, generate_text, sample_token
-from hysparse_jax.tokenizer import ByteTokenizer
+from hysparse_jax.inference import sampling
+from hysparse_jax.inference.sampling import generate, generate_text, sample_token
+from hysparse_jax.inference.text_stream import TextStream
+from hysparse_jax.model.transformer import Transformer
 from tests.tolerances import assert_close
 
 LOGITS = np.log([0.05, 0.4, 0.1, 0.3, 0.15])

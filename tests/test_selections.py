@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import selections
+from experiments.bench import selections
 
 
 @pytest.mark.parametrize("name, heads", [

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hysparse_jax import config, data, model, sharding, train_step
-from hysparse_jax.checkpoint import Checkpoints
+from hysparse_jax import config, sharding
+from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
-from hysparse_jax.model import Transformer
+from hysparse_jax.model import transformer as model
+from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.training import step as train_step
+from hysparse_jax.training.checkpoint import Checkpoints
 from tests.test_configs import REPO
 from tests.tolerances import assert_close
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from pallas_kernels import windowed_attention
+from pallas_kernels.reference import windowed_attention
 from pallas_kernels.sliding_window_attention.shapes import SHAPES
 from tests import float64_loops as loops
 from tests.attention_inputs import jitted, normal, packed_segments, qkv

@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hysparse_jax import data, task_rows
 from hysparse_jax.config import DataConfig
+from hysparse_jax.data import batches as data
+from hysparse_jax.data import task_rows
+from hysparse_jax.data.task_rows import open_task_rows, split_row
 from hysparse_jax.errors import UserError
-from hysparse_jax.evals import token_tasks
-from hysparse_jax.task_rows import open_task_rows, split_row
+from hysparse_jax.tasks import token_tasks
 from tests.corpora import write_folder
 
 T = 512

@@ -4,8 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from hysparse_jax import data
 from hysparse_jax.config import DataConfig
+from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
 from tests.corpora import DOCUMENTS, read_back, train_documents, write_folder, write_tokenizer
 

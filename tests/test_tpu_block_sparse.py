@@ -11,10 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import selections, tpu_sparse_cost, tpu_static
+from experiments.bench import selections
+from experiments.tpu_static import count as tpu_static
+from experiments.tpu_static import sparse_cost as tpu_sparse_cost
 from pallas_kernels import block_sparse_attention as op
-from pallas_kernels.block_sparse_attention import mosaic_tpu, reference, tpu_plan
-from pallas_kernels.block_sparse_attention.mosaic_tpu import LoopConfig, Options
+from pallas_kernels.block_sparse_attention import reference
+from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
+from pallas_kernels.block_sparse_attention.tpu import plan as tpu_plan
+from pallas_kernels.block_sparse_attention.tpu.op import LoopConfig, Options
 from pallas_kernels.named_shapes import AttentionShape
 from tests import tpu_interpret
 from tests.attention_inputs import normal, packed_segments, qkv, random_blocks

@@ -10,10 +10,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from experiments import tpu_cases
+from experiments.tpu_static import cases as tpu_cases
 from pallas_kernels import tpu
 from pallas_kernels.named_shapes import AttentionShape
-from pallas_kernels.oracle_attention import mosaic_tpu
+from pallas_kernels.oracle_attention.tpu import op as mosaic_tpu
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu is not published for this platform")

@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-from experiments import tpu_cost, tpu_static
+from experiments.tpu_static import cost as tpu_cost
+from experiments.tpu_static import count as tpu_static
 from pallas_kernels import tpu
 from pallas_kernels.named_shapes import PAPER
 

@@ -13,7 +13,8 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import tpu
-from pallas_kernels.decode import mosaic_tpu, reference
+from pallas_kernels.cached_attention import reference
+from pallas_kernels.cached_attention.tpu import op as mosaic_tpu
 from tests import tpu_interpret
 from tests.attention_inputs import jitted, normal, qkv
 from tests.tpu_interpret import race_detectors  # noqa: F401  (a fixture)

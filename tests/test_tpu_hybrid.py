@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hybrid_sparse_attention as op
-from pallas_kernels.block_sparse_attention.mosaic_tpu import LoopConfig, Options, make_plan
-from pallas_kernels.hybrid_sparse_attention import mosaic_tpu, reference
+from pallas_kernels.block_sparse_attention.tpu.op import LoopConfig, Options, make_plan
+from pallas_kernels.sparse_layer_attention import reference
+from pallas_kernels.sparse_layer_attention.tpu import op as mosaic_tpu
 from tests import tpu_interpret
 from tests.attention_inputs import normal, packed_segments, qkv, random_blocks
 from tests.tolerances import assert_close

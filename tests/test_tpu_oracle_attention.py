@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import tpu, tpu_attention, tpu_attention_forward
-from pallas_kernels.oracle_attention import mosaic_tpu, reference
+from pallas_kernels import tpu
+from pallas_kernels.causal_attention_tpu import forward as tpu_attention_forward
+from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
+from pallas_kernels.oracle_attention import reference
+from pallas_kernels.oracle_attention.tpu import op as mosaic_tpu
 from tests import tpu_interpret
 from tests.attention_inputs import normal, packed_segments, qkv, small_integers
 from tests.tpu_interpret import race_detectors  # noqa: F401  (a fixture)

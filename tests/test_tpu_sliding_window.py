@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.sliding_window_attention import mosaic_tpu, reference
+from pallas_kernels.sliding_window_attention import reference
+from pallas_kernels.sliding_window_attention.tpu import op as mosaic_tpu
 from tests import tpu_interpret
 from tests.attention_inputs import normal, packed_segments, qkv
 from tests.tpu_interpret import race_detectors  # noqa: F401  (a fixture)

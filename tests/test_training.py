@@ -16,9 +16,9 @@ import pytest
 from absl import flags
 
 from experiments import cli, evaluate, generate, train
-from hysparse_jax import metrics
-from hysparse_jax.checkpoint import Checkpoints
 from hysparse_jax.errors import UserError
+from hysparse_jax.training import metrics
+from hysparse_jax.training.checkpoint import Checkpoints
 from tests.test_configs import REPO
 
 # tiny_moe, packed, smaller: two groups of layers, 12 steps, a checkpoint every 3.

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat, tpu, tpu_attention
-from pallas_kernels.tpu_attention_backward import BackwardTiles
-from pallas_kernels.tpu_attention_forward import ForwardTiles
+from pallas_kernels import compat, tpu
+from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
+from pallas_kernels.causal_attention_tpu.backward import BackwardTiles
+from pallas_kernels.causal_attention_tpu.forward import ForwardTiles
 from tests.tolerances import assert_close
 
 INTERPRET = tpu.interpret_params()

@@ -79,7 +79,7 @@ def triton_call(*args, kernel, out_shape, grid, name="", num_warps=4, num_stages
 def install(patch):
   """Turns the interpreter on and puts it in jax-triton's place; `patch`: a pytest.MonkeyPatch."""
   patch.setenv("TRITON_INTERPRET", "1")
-  from pallas_kernels.block_sparse_attention import triton as kernels
+  from pallas_kernels.block_sparse_attention.gpu import backward as kernels
 
   patch.setattr(kernels, "_call",
                 lambda kernel, *args, **kwargs: triton_call(*args, kernel=kernel, **kwargs))

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hysparse_jax.errors import UserError
-from hysparse_jax.model import Transformer, token_losses
-from hysparse_jax.sampling import generate
+from hysparse_jax.inference.sampling import generate
+from hysparse_jax.model.transformer import Transformer, token_losses
 
 KEY_LETTERS = 4
 VALUE_LETTERS = 5

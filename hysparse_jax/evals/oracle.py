@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hysparse_jax.errors import UserError
-from hysparse_jax.hybrid import FullLayer, Rows, SparseLayer
-from hysparse_jax.layers import rms_norm, unstacked
-from hysparse_jax.model import Transformer, positions_within
-from pallas_kernels.block_selection import picked_keys
-from pallas_kernels.masked_attention import query_chunks, same_segment
+from hysparse_jax.model.hybrid import FullLayer, Rows, SparseLayer
+from hysparse_jax.model.layers import rms_norm, unstacked
+from hysparse_jax.model.transformer import Transformer, positions_within
+from pallas_kernels.reference.block_selection import picked_keys
+from pallas_kernels.reference.masked_attention import query_chunks, same_segment
 
 UNION_TOKENS = (4, 8, 16, 32)   # consecutive tokens whose distinct blocks are counted
 

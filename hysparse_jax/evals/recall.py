@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hysparse_jax.errors import UserError
-from hysparse_jax.evals import scores, text_tasks, token_tasks
-from hysparse_jax.evals.token_tasks import Ids
-from hysparse_jax.model import Transformer, positions_within
-from hysparse_jax.sampling import generate
+from hysparse_jax.inference.sampling import generate
+from hysparse_jax.model.transformer import Transformer, positions_within
+from hysparse_jax.tasks import scores, text_tasks, token_tasks
+from hysparse_jax.tasks.token_tasks import Ids
 
 DEPTH_BINS = 5
 ROW_BATCH_TOKENS = 65_536   # tokens of one forward pass, at least one row

@@ -12,28 +12,28 @@ def _reference(*args, plan, **options):
 
 
 def _mosaic_gpu(*args, **options):
-  from pallas_kernels.block_sparse_attention import gpu  # its packages only where it is used
+  from pallas_kernels.block_sparse_attention.gpu import op as gpu
   return gpu.block_sparse_attention(*args, **options)
 
 
 def _mosaic_tpu(*args, **options):
-  from pallas_kernels.block_sparse_attention import mosaic_tpu
+  from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
   return mosaic_tpu.block_sparse_attention(*args, **options)
 
 
 def _triton(*args, **options):
-  from pallas_kernels.block_sparse_attention import gpu
+  from pallas_kernels.block_sparse_attention.gpu import op as gpu
   return gpu.block_sparse_attention(*args, hot_threshold=_ONLY_TRITON, **options)
 
 
 def _plan_gpu(block_indices, group, block_size, hot_threshold=None):
-  from pallas_kernels.block_sparse_attention import gpu
+  from pallas_kernels.block_sparse_attention.gpu import op as gpu
   gpu.check_picks("plan_blocks", block_indices, block_size)
   return gpu.make_plan(block_indices, group, hot_threshold)
 
 
 def _plan_tpu(block_indices, group, block_size):
-  from pallas_kernels.block_sparse_attention import mosaic_tpu
+  from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
   return mosaic_tpu.make_plan(block_indices, group, block_size=block_size)
 
 

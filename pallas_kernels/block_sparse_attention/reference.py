@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.block_selection import picked_keys
-from pallas_kernels.masked_attention import causal_chunks, masked_attention, same_segment
+from pallas_kernels.reference.block_selection import picked_keys
+from pallas_kernels.reference.masked_attention import causal_chunks, masked_attention, same_segment
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size, sinks, segment_ids, scale):

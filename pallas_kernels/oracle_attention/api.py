@@ -5,12 +5,14 @@ from pallas_kernels.oracle_attention import reference
 
 
 def _mosaic_gpu(*args, **options):
-  from pallas_kernels.oracle_attention import mosaic_gpu  # its packages only where it is used
+  from pallas_kernels.oracle_attention.gpu import (
+    op as mosaic_gpu,  # its packages only where it is used
+  )
   return mosaic_gpu.oracle_attention(*args, **options)
 
 
 def _mosaic_tpu(*args, **options):
-  from pallas_kernels.oracle_attention import mosaic_tpu
+  from pallas_kernels.oracle_attention.tpu import op as mosaic_tpu
   return mosaic_tpu.oracle_attention(*args, **options)
 
 

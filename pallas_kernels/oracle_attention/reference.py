@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.block_selection import attend_and_select
-from pallas_kernels.masked_attention import causal_chunks, same_segment
+from pallas_kernels.reference.block_selection import attend_and_select
+from pallas_kernels.reference.masked_attention import causal_chunks, same_segment
 
 NEVER = jnp.iinfo(jnp.int32).max     # position of padding keys: after every query
 

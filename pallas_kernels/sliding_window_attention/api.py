@@ -5,12 +5,12 @@ from pallas_kernels.sliding_window_attention import reference
 
 
 def _mosaic_gpu(*args, **options):
-  from pallas_kernels.sliding_window_attention import gpu  # its packages only where it is used
+  from pallas_kernels.sliding_window_attention.gpu import op as gpu
   return gpu.sliding_window_attention(*args, **options)
 
 
 def _mosaic_tpu(*args, **options):
-  from pallas_kernels.sliding_window_attention import mosaic_tpu
+  from pallas_kernels.sliding_window_attention.tpu import op as mosaic_tpu
   return mosaic_tpu.sliding_window_attention(*args, **options)
 
 

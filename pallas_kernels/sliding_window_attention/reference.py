@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.windowed_attention import windowed_attention
+from pallas_kernels.reference.windowed_attention import windowed_attention
 
 
 def sliding_window_attention(q, k, v, *, window, sinks, segment_ids, scale):

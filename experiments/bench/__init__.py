@@ -1,0 +1,1 @@
+"""Timings of kernels and training steps."""

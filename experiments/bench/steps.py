@@ -1,0 +1,131 @@
+"""Times whole training steps of a config and of its full-attention twin on one machine.
+
+    python -m experiments.bench_step --config=configs/hysparse_7b.py:long --set model.num_layers=8 \
+        --set data.batch_size=1 [--twins=full,swa] [--documents=8] [--profile=20] [--json]
+    python -m experiments.bench_step --config=configs/hysparse_80b_a3b.py --mesh=expert=1 \
+        --set model.moe=None --set model.d_ff=4096 --set model.num_layers=13 --set data.batch_size=1
+
+One row per model: tokens/s, model FLOPs utilisation (useful FLOPs of `accounting`, nothing
+recomputed, over the matrix-unit rate of --peak_tflops), peak memory, both from one process. The
+batch is random tokens; --documents packs that many equal ones into each row.
+"""
+
+import collections
+import dataclasses
+import gc
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from jax.profiler import ProfileData
+
+from experiments import cli, rows
+from hysparse_jax import accounting, sharding
+from hysparse_jax.data.batches import Batch
+from hysparse_jax.errors import UserError
+from hysparse_jax.training import step as train_step
+
+_TWINS = flags.DEFINE_list("twins", ["full"], "Which baselines beside it: full, swa.")
+_STEPS = flags.DEFINE_integer("steps", 8, "Timed steps; the median counts.")
+_DOCUMENTS = flags.DEFINE_integer("documents", 1, "Packed into each row; 1 needs no masks.")
+_PEAK = flags.DEFINE_float("peak_tflops", 989.0, "bf16 peak of a device (989: H100 and H200).")
+_PROFILE = flags.DEFINE_integer("profile", 0, "Kernels of one step to list, longest first.")
+_NAME = flags.DEFINE_string("name", None, "Name of the rows; default the config's.")
+
+
+def random_batch(cfg, documents: int) -> Batch:
+  """Rows of random tokens, `documents` equal ones in each; segment_ids None for one."""
+  batch, length = cfg.data.batch_size, cfg.data.seq_len
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, cfg.model.vocab_size, (batch, length + 1), dtype=np.int32)
+  each = -(-length // documents)
+  index = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
+  return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:],
+               segment_ids=None if documents == 1 else index // each + 1,
+               positions=index % each, weights=np.ones((batch, length), np.float32))
+
+
+def print_kernels(folder, count: int):
+  """The `count` kernels that took longest in a trace: ms, calls, name."""
+  total = collections.defaultdict(lambda: [0.0, 0])
+  for path in pathlib.Path(folder).rglob("*.xplane.pb"):
+    for plane in ProfileData.from_file(str(path)).planes:
+      if not plane.name.startswith("/device:"):
+        continue
+      for line in plane.lines:
+        if line.name.startswith("Stream"):
+          for event in line.events:
+            total[event.name][0] += event.duration_ns / 1e6
+            total[event.name][1] += 1
+  print(f"{sum(ms for ms, _ in total.values()):10.1f} ms in all kernels")
+  for name, (ms, calls) in sorted(total.items(), key=lambda item: -item[1][0])[:count]:
+    print(f"{ms:10.1f} ms {calls:6} x {name[:90]}")
+
+
+def bench(cfg, documents: int, steps: int, peak_tflops: float, profile: int) -> dict:
+  """Compiles and runs the training step of `cfg`; the fields of a row that it measures.
+
+  `profile` > 0 also prints that many kernels of one more step.
+
+  Returns:
+    ms (median of `steps` steps), tokens_per_second, mfu, loss after them, and peak_bytes: what the
+    compiled step needs at once (arguments, results that alias none, temporaries), per device.
+  """
+  mesh = sharding.make_mesh(cfg.mesh)
+  program = train_step.build(cfg, mesh)
+  with jax.set_mesh(mesh):
+    state = program.init(jax.random.key(0))
+    batch = jax.device_put(random_batch(cfg, documents), program.batch_sharding)
+    memory = program.step.lower(state, batch).compile().memory_analysis()
+    times = []
+    for _ in range(steps + 1):                     # the first one compiles
+      start = time.perf_counter()
+      state, result = jax.block_until_ready(program.step(state, batch))
+      times.append(time.perf_counter() - start)
+    if profile:
+      with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+          state, result = jax.block_until_ready(program.step(state, batch))
+        print_kernels(folder, profile)
+  seconds = statistics.median(times[1:])
+  tokens = cfg.data.batch_size * cfg.data.seq_len
+  flops = accounting.train_flops_per_token(cfg.model, cfg.data.seq_len // documents) * tokens
+  return {
+    "ms": seconds * 1e3, "tokens_per_second": tokens / seconds,
+    "mfu": flops / seconds / (peak_tflops * 1e12 * mesh.size), "loss": float(result.loss),
+    "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes
+                  + memory.output_size_in_bytes - memory.alias_size_in_bytes}
+
+
+def main(argv):
+  """Times what the flags name."""
+  del argv
+  cfg = cli.load_config()
+  if not 1 <= _DOCUMENTS.value <= cfg.data.seq_len:
+    raise UserError(f"--documents={_DOCUMENTS.value}: want 1 to data.seq_len={cfg.data.seq_len}")
+  known = accounting.twins(cfg.model)
+  unknown = sorted(set(_TWINS.value) - set(known))
+  if unknown:
+    raise UserError(f"--twins: got {','.join(unknown)}, want some of {', '.join(known)}")
+  models = {cfg.model.attention: cfg.model} | {name: known[name] for name in _TWINS.value}
+  first = None
+  for attention, model in models.items():
+    row = bench(dataclasses.replace(cfg, model=model), _DOCUMENTS.value, _STEPS.value,
+                _PEAK.value, _PROFILE.value)
+    gc.collect()                                   # the state of this model, before the next one's
+    jax.clear_caches()
+    first = first or row
+    row = {"op": "train_step", "shape": _NAME.value or cli.CONFIG.value, "attention": attention,
+           "layers": model.num_layers, "tokens": cfg.data.seq_len, "batch": cfg.data.batch_size,
+           "documents": _DOCUMENTS.value} | row
+    rows.emit(row, f"{attention:9}{row['ms']:10.1f} ms{row['tokens_per_second']:12,.0f} tokens/s"
+                   f"{100 * row['mfu']:7.1f} % MFU{row['peak_bytes'] / 2**30:8.1f} GiB"
+                   f"{first['ms'] / row['ms']:7.2f}x")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,1 @@
+"""The small reproduction of the paper: plan, run, report, verdicts."""

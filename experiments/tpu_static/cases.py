@@ -1,0 +1,147 @@
+"""The TPU kernels at named shapes, as functions of abstract arrays: to compile, to count, to time.
+
+A new op is one row of `CASES`: a function from a shape to the op with its options, and its arrays.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.block_sparse_attention.tpu import op as sparse_tpu
+from pallas_kernels.oracle_attention.tpu import op as oracle_tpu
+from pallas_kernels.sliding_window_attention.tpu import op as window_tpu
+from pallas_kernels.sparse_layer_attention.tpu import op as hybrid_tpu
+
+
+def _qkv(shape, dtype):
+  array = lambda heads, width: jax.ShapeDtypeStruct(
+    (shape.batch, shape.tokens, heads, width), dtype)
+  return (array(shape.num_heads, shape.head_dim), array(shape.num_kv_heads, shape.head_dim),
+          array(shape.num_kv_heads, shape.v_dim))
+
+
+def _oracle(shape, dtype, num_blocks=None):
+  def op(q, k, v, segment_ids=None):
+    return oracle_tpu.oracle_attention(
+      q, k, v, block_size=shape.block_size, segment_ids=segment_ids,
+      num_blocks=shape.num_blocks if num_blocks is None else num_blocks,
+      scale=shape.head_dim ** -0.5)
+  return op, _qkv(shape, dtype)
+
+
+def _window(shape, dtype):
+  def op(q, k, v, sinks, segment_ids=None):
+    return window_tpu.sliding_window_attention(
+      q, k, v, window=shape.window, sinks=sinks, segment_ids=segment_ids,
+      scale=shape.head_dim ** -0.5)
+  return op, (*_qkv(shape, dtype), jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32))
+
+
+def picks(shape):
+  """Block indices, and a plan of the right sizes that holds none: building one is XLA's work."""
+  indices = jnp.zeros((shape.batch, shape.num_kv_heads, shape.tokens, shape.num_blocks), jnp.int32)
+  make = functools.partial(sparse_tpu.make_plan, group=shape.num_heads // shape.num_kv_heads,
+                           block_size=shape.block_size)
+  return indices, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, indices))
+
+
+def _sinks(shape):
+  return jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32)
+
+
+def _block_sparse(shape, dtype, dense=None):
+  def op(q, k, v, sinks, segment_ids=None):
+    indices, plan = picks(shape)
+    return sparse_tpu.block_sparse_attention(
+      q, k, v, indices, block_size=shape.block_size, sinks=sinks, segment_ids=segment_ids,
+      plan=plan, options=sparse_tpu.Options(dense=dense))
+  return op, (*_qkv(shape, dtype), _sinks(shape))
+
+
+def _hybrid(shape, dtype, dense=None):
+  """Elementwise gates, and sinks in both branches."""
+  def op(q, k, v, k_local, v_local, gate_sparse, gate_local, sinks_sparse, sinks_local,
+         segment_ids=None):
+    indices, plan = picks(shape)
+    return hybrid_tpu.hybrid_sparse_attention(
+      q, k, v, indices, k_local, v_local, gate_sparse, gate_local, sinks_sparse=sinks_sparse,
+      sinks_local=sinks_local, block_size=shape.block_size, window=shape.window,
+      segment_ids=segment_ids, plan=plan, options=sparse_tpu.Options(dense=dense))
+  q, k, v = _qkv(shape, dtype)
+  gate = jax.ShapeDtypeStruct((*q.shape[:3], shape.v_dim), dtype)
+  return op, (q, k, v, k, v, gate, gate, _sinks(shape), _sinks(shape))
+
+
+def _block_sparse_plan(shape, dtype):
+  """What is built once per hybrid block."""
+  del dtype
+  def op(block_indices):
+    return sparse_tpu.make_plan(block_indices, shape.num_heads // shape.num_kv_heads,
+                                block_size=shape.block_size)
+  return op, (jax.ShapeDtypeStruct(
+    (shape.batch, shape.num_kv_heads, shape.tokens, shape.num_blocks), jnp.int32),)
+
+
+def _splash(shape, dtype):
+  """The public peer: causal splash attention, B=1; under a vjp its forward saves the lse."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  def op(q, k, v):
+    mask = masks.MultiHeadMask(
+      [masks.CausalMask((shape.tokens, shape.tokens)) for _ in range(shape.num_heads)])
+    sizes = splash.BlockSizes(
+      block_q=512, block_kv=1024, block_kv_compute=1024, block_q_dkv=512, block_kv_dkv=1024,
+      block_kv_dkv_compute=1024, block_q_dq=512, block_kv_dq=1024)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
+    by_head = lambda x: x[0].swapaxes(0, 1)
+    return kernel(by_head(q), by_head(k), by_head(v)).swapaxes(0, 1)[None]
+  return op, _qkv(shape, dtype)
+
+
+CASES = {
+  "oracle_attention": _oracle,
+  "causal_attention": functools.partial(_oracle, num_blocks=0),   # the same without maxima
+  "sliding_window_attention": _window,
+  "block_sparse_attention": _block_sparse,
+  "block_sparse_attention_dense": functools.partial(_block_sparse, dense=True),
+  "block_sparse_plan": _block_sparse_plan,
+  "hybrid_sparse_attention": _hybrid,
+  "hybrid_sparse_attention_lists": functools.partial(_hybrid, dense=False),
+  "splash_attention": _splash,
+}
+
+
+def case(op, shape, which, dtype="bfloat16", segmented=False):
+  """A picklable function and its abstract arrays.
+
+  Args:
+    op: a key of `CASES`.
+    shape: `named_shapes.AttentionShape`.
+    which: "fwd", or "fwd_bwd" for the outputs and the gradients of every array.
+    dtype: of q, k and v.
+    segmented: whether the last array is segment_ids i32 [B,T].
+  """
+  arrays = list(CASES[op](shape, jnp.dtype(dtype))[1])
+  if which == "fwd_bwd":
+    q, _, v = arrays[:3]
+    arrays.append(jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype))
+  if segmented:
+    arrays.append(jax.ShapeDtypeStruct((shape.batch, shape.tokens), jnp.int32))
+  return functools.partial(_run, op, shape, which, dtype, segmented), arrays
+
+
+def _run(op, shape, which, dtype, segmented, *arrays):
+  run = CASES[op](shape, jnp.dtype(dtype))[0]
+  if segmented:
+    *arrays, segment_ids = arrays
+    run = functools.partial(run, segment_ids=segment_ids)
+  if which == "fwd":
+    return run(*arrays)
+  out, pullback = jax.vjp(run, *arrays[:-1])
+  if not isinstance(out, tuple):
+    return out, pullback(arrays[-1])
+  nothing = [np.zeros(x.shape, jax.dtypes.float0) for x in out[1:]]      # of indices
+  return out, pullback((arrays[-1], *nothing))

@@ -1,0 +1,404 @@
+"""Batches as a pure function of (config, step): any step, any host, any number of workers.
+
+Documents are tokenised once into one flat array. Training reads an endless sequence of rows:
+epoch after epoch, each with the documents in a fresh order drawn from (seed, epoch). With
+`packing` the epochs form one stream of tokens, cut every `seq_len`; without it every row is one
+document, or a `seq_len` piece of a longer one, padded. With `task_share` that share of the rows are
+recall tasks (`task_rows.py`). Where a row lies follows from its number
+by a search in cumulative lengths, so nothing is replayed on resume and no reader state is saved:
+a checkpoint holds the step and the `fingerprint` of the recipe. Rows are trained on in a shuffled
+order, pass by pass, since neighbours are often pieces of one document: the batch of step s is the
+rows numbered `shuffled_rows` of [s*B, (s+1)*B); host i of n takes the i-th of n equal slices.
+
+Tokens are held in memory (1 byte each for bytes); there is no on-disk cache between runs.
+"""
+
+import dataclasses
+import functools
+import itertools
+import multiprocessing.connection
+import os
+import pathlib
+import shutil
+import signal
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+
+from hysparse_jax.config import DataConfig
+from hysparse_jax.data.corpus import Corpus
+from hysparse_jax.data.task_rows import TaskRows, open_task_rows, split_row
+from hysparse_jax.data.tokenizer import load_tokenizer
+from hysparse_jax.errors import UserError
+
+__all__ = ["Batch", "Corpus", "TrainStream", "check_fingerprint", "heldout_batches",
+           "load_tokenizer"]
+
+VERSION = "2"             # of the mapping from config and step to batches; in the fingerprint
+_PREFETCH = 2             # batches ready ahead of the step, per worker
+_STEPS = 1 << 40          # more than any run has
+_EPOCHS_KEPT = 4          # orders of documents held at once
+
+
+class Batch(NamedTuple):
+  """Rows of tokens. Padding is 0 in every array."""
+
+  tokens: np.ndarray        # i32 [B,T]
+  targets: np.ndarray       # i32 [B,T], the next token of the same document; 0 where there is none
+  segment_ids: np.ndarray   # i32 [B,T], 1, 2, ... per row, one for each document in it; 0 = padding
+  positions: np.ndarray     # i32 [B,T], from 0 in every segment
+  weights: np.ndarray       # f32 [B,T], 1 where there is a target, else 0; answers of tasks weigh
+                            # what `task_rows.py` says
+
+
+class TrainStream:
+  """The training batches of a config, whole or one host's slice.
+
+  Raises:
+    UserError: what `Corpus.open` and `load_tokenizer` raise; fewer tokens than one row; a batch
+      that does not divide over the hosts.
+  """
+
+  def __init__(self, cfg: DataConfig, process_index: int = 0, process_count: int = 1):
+    if not 0 <= process_index < process_count:
+      raise UserError(f"process_index is {process_index}; expected 0 to {process_count - 1} of "
+                      f"process_count={process_count}")
+    if cfg.batch_size % process_count:
+      raise UserError(f"data.batch_size={cfg.batch_size} does not divide over {process_count} "
+                      "hosts; make it a multiple")
+    corpus, tokenizer = Corpus.open(cfg), load_tokenizer(cfg)
+    self._cfg = cfg
+    self._rows = _Rows(*tokenizer.encode_documents(corpus.train), cfg.seq_len, cfg.packing,
+                       cfg.seed)
+    self._folder = None   # of the tokens as files, once worker processes need them
+    share = cfg.batch_size // process_count
+    self._slice = _Slice(cfg.batch_size, process_index * share, share, cfg.task_share,
+                         open_task_rows(cfg, tokenizer.vocab_size))
+    self.num_documents = len(corpus.train)
+    self.tokens_per_epoch = self._rows.tokens.size
+    if self.tokens_per_epoch < (cfg.seq_len if cfg.packing else 1):
+      raise UserError(
+        f"data.source={cfg.source!r} has {self.tokens_per_epoch} training tokens, less than one "
+        f"row of data.seq_len={cfg.seq_len}; add text or shorten the row")
+    self.fingerprint = {
+      "version": VERSION,
+      "source": f"sha256:{corpus.digest}",
+      "tokenizer": tokenizer.fingerprint,
+      **{name: str(getattr(cfg, name)) for name in (
+        "text_field", "seq_len", "batch_size", "packing", "heldout_fraction", "seed")},
+    }
+    if cfg.task_share:
+      self.fingerprint |= {name: str(getattr(cfg, name)) for name in (
+        "task_share", "tasks", "task_ids", "task_weight", "task_context_weight",
+        "task_positions", "task_warmup_steps")}
+
+  def batch(self, step: int) -> Batch:
+    """This host's slice of the batch of `step`, [B / process_count, T]."""
+    return self._slice.of(self._rows, _checked_step(step))
+
+  def iterator(self, start_step: int) -> Iterator[Batch]:
+    """`batch(start_step), batch(start_step + 1), ...` without end, made ahead of time by grain.
+
+    `cfg.workers` processes make the batches; with 0 a thread of this process does. The tokens
+    reach the processes as memory-mapped temporary files, removed with the stream. Processes are
+    spawned: a script that uses them must guard its entry with `if __name__ == "__main__"`.
+    """
+    import grain
+    steps = grain.MapDataset.range(_checked_step(start_step), _STEPS)
+    if self._cfg.workers == 0:
+      dataset = steps.map(self.batch).to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH))
+    else:
+      if not flags.FLAGS.is_parsed():   # in a notebook nobody has, and grain reads its flags
+        flags.FLAGS.mark_as_parsed()
+      dataset = steps.map(self._worker_batches()).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+      # Shared memory stays off: it is small in containers and outlives a killed run.
+      dataset = grain.experimental.WithOptionsIterDataset(
+        dataset, grain.experimental.DatasetOptions(min_shm_size=1 << 62))
+      # Whole batches are dealt to the workers in turn and collected in the same turn, so their
+      # number cannot change the order.
+      dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=self._cfg.workers,
+                                     per_worker_buffer_size=_PREFETCH),
+        worker_init_fn=functools.partial(_prepare_worker, self._folder))
+    held = [iter(dataset)]
+    batches = self._forward(held)
+    weakref.finalize(batches, _close, held)   # at exit too, while grain can still close
+    return batches
+
+  def _forward(self, held):
+    try:
+      while held:
+        yield next(held[0])
+    finally:
+      while held:   # spelled out: at exit, this module's names may be gone
+        held.pop().close()
+
+  def _worker_batches(self):
+    if self._folder is None:
+      self._folder = tempfile.mkdtemp(prefix="hysparse_tokens_")
+      weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+      self._rows.save(self._folder)
+    return _WorkerBatches(self._folder, self._cfg.seq_len, self._cfg.packing, self._cfg.seed,
+                          self._slice)
+
+
+def heldout_batches(cfg: DataConfig, count: int, batch_size: int | None = None,
+                    seq_len: int | None = None) -> list[Batch]:
+  """The first `count` batches of the held-out documents, fewer where they end sooner.
+
+  One pass over rows drawn from all of them, the same for every seed, packed as `cfg.packing` says;
+  what the documents do not fill of the last batch is padding. Batches are global: every host gets
+  the same ones.
+
+  Raises:
+    UserError: as `TrainStream`, and for a `count`, `batch_size` or `seq_len` that is no size.
+  """
+  batch_size = cfg.batch_size if batch_size is None else batch_size
+  seq_len = cfg.seq_len if seq_len is None else seq_len
+  for name, value in (("count", count), ("batch_size", batch_size), ("seq_len", seq_len)):
+    if value < 1:
+      raise UserError(f"held-out {name} is {value}; it must be at least 1")
+  tokens, starts = load_tokenizer(cfg).encode_documents(Corpus.open(cfg).heldout)
+  rows = _Rows(tokens, starts, seq_len, cfg.packing, seed=None)
+  available = -(-rows.per_pass // batch_size)
+  numbers = np.arange(min(count, available) * batch_size).reshape(-1, batch_size)
+  return [rows.take(shuffled_rows(batch, rows.per_pass, seed=0)) for batch in numbers]
+
+
+def shuffled_rows(numbers: np.ndarray, per_pass: int, seed: int) -> np.ndarray:
+  """Where the rows `numbers`, i64 [R], stand in the sequence of rows, i64 [R].
+
+  A bijection of every pass [n * per_pass, (n + 1) * per_pass) to itself, another for each pass and
+  seed: a Feistel network over the next even number of bits, walked until it lands inside (Black
+  and Rogaway 2002), so that no permutation need be held however long a pass is.
+  """
+  number_of_pass, within = np.divmod(numbers.astype(np.int64), per_pass)
+  half = np.uint64(max(1, -(-(per_pass - 1).bit_length() // 2)))
+  mask = np.uint64((1 << int(half)) - 1)
+  key = _mix(_mix(np.array([seed % 2**64], np.uint64)) + number_of_pass.astype(np.uint64))
+  place, outside = within.astype(np.uint64), np.ones(within.shape, bool)
+  while outside.any():
+    left, right = place >> half, place & mask
+    for turn in range(4):
+      left, right = right, left ^ (_mix(_mix(key + np.uint64(turn)) + right) & mask)
+    place = np.where(outside, left << half | right, place)
+    outside = place >= per_pass
+  return number_of_pass * per_pass + place.astype(np.int64)
+
+
+def check_fingerprint(saved: dict[str, str], current: dict[str, str]):
+  """Passes if both recipes give the same batches.
+
+  Raises:
+    UserError: names every field that differs, with both values.
+  """
+  differing = [f"{name} was {saved.get(name, 'absent')}, is {current.get(name, 'absent')}"
+               for name in dict.fromkeys([*saved, *current])
+               if saved.get(name) != current.get(name)]
+  if differing:
+    raise UserError(f"the data differs from the checkpoint's: {'; '.join(differing)}; restore the "
+                    "old values, or start in a new workdir")
+
+
+class _Slice(NamedTuple):
+  """Rows [first, first + count) of every global batch of `batch_size`."""
+
+  batch_size: int
+  first: int
+  count: int
+  task_share: float
+  tasks: TaskRows | None
+
+  def of(self, rows, step) -> Batch:
+    numbers = step * self.batch_size + self.first + np.arange(self.count)
+    if self.tasks is None:
+      return rows.take(shuffled_rows(numbers, rows.per_pass, rows.seed))
+    kinds = [split_row(number, self.task_share) for number in numbers.tolist()]
+    text = np.array([number for is_task, number in kinds if not is_task], np.int64)
+    batch = rows.take(shuffled_rows(text, rows.per_pass, rows.seed))
+    asked = [self.tasks.take(number, rows.tokens) for is_task, number in kinds if is_task]
+    order = np.argsort([is_task for is_task, _ in kinds], kind="stable").argsort()
+    return Batch(*(np.concatenate([one, *(row[name][None] for row in asked)])[order]
+                   for name, one in batch._asdict().items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _WorkerBatches:
+  """`TrainStream.batch` for another process: pickles as a path and a few numbers."""
+
+  folder: str
+  seq_len: int
+  packing: bool
+  seed: int
+  slice: _Slice
+
+  def __call__(self, step):
+    return self.slice.of(_mapped_rows(self.folder, self.seq_len, self.packing, self.seed), step)
+
+
+def _close(held):
+  while held:
+    held.pop().close()
+
+
+def _prepare_worker(folder, worker_index, worker_count):
+  """Lets the parent alone decide when a worker ends: by closing it, or by dying itself.
+
+  Signals to the process group (Ctrl-C, a scheduler's SIGTERM) are the parent's to handle. Without
+  the thread, workers of a parent killed outright would wait for ever, and its files stay.
+  """
+  del worker_index, worker_count
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  parent = multiprocessing.parent_process().sentinel
+
+  def follow_parent():
+    multiprocessing.connection.wait([parent])
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+  threading.Thread(target=follow_parent, daemon=True).start()
+
+
+@functools.lru_cache(maxsize=1)
+def _mapped_rows(folder, seq_len, packing, seed):
+  return _Rows.load(folder, seq_len, packing, seed)
+
+
+class _Rows:
+  """Rows by number: endless and shuffled per epoch, or, with `seed=None`, one pass in order.
+
+  Args:
+    tokens: integers [tokens], all documents end to end.
+    starts: i64 [documents + 1], where each begins.
+    seq_len: T.
+    packing: several documents per row, or one.
+    seed: of the epochs' orders, or None.
+  """
+
+  def __init__(self, tokens, starts, seq_len, packing, seed):
+    self.tokens, self.starts, self.seed = tokens, starts, seed
+    self._seq_len, self._packing, self._one_pass = seq_len, packing, seed is None
+    self._lengths = np.diff(starts)
+    # A document of n tokens holds n - 1 predictions, T to a row; one token alone still has a row.
+    self._pieces = np.where(self._lengths > 0, np.maximum(1, -(-(self._lengths - 1) // seq_len)), 0)
+    self._order = _EndlessOrder(self._lengths if packing else self._pieces, seed)
+
+  @property
+  def per_pass(self) -> int:
+    """Rows that one pass over the documents fills, the last perhaps in part."""
+    return -(-self._order.total // self._seq_len) if self._packing else self._order.total
+
+  def save(self, folder: str):
+    """Writes the tokens where `load` maps them from."""
+    np.save(pathlib.Path(folder, "tokens.npy"), self.tokens)
+    np.save(pathlib.Path(folder, "starts.npy"), self.starts)
+
+  @classmethod
+  def load(cls, folder: str, seq_len: int, packing: bool, seed: int) -> "_Rows":
+    """The saved rows, memory-mapped."""
+    tokens, starts = (np.load(pathlib.Path(folder, name), mmap_mode="r")
+                      for name in ("tokens.npy", "starts.npy"))
+    return cls(tokens, starts, seq_len, packing, seed)
+
+  def take(self, numbers: np.ndarray) -> Batch:
+    """Rows `numbers`, i64 [R], as a batch of R; past the end of a single pass they are padding."""
+    columns = np.arange(self._seq_len + 1)   # one more than T: the target of the last
+    if self._packing:
+      at = numbers[:, None] * self._seq_len + columns
+      visit, document, offset = self._order.locate(at)
+      present = at < self._order.total if self._one_pass else np.ones_like(at, bool)
+    else:
+      visit, document, piece = (x[:, None] for x in self._order.locate(numbers))
+      offset = piece * self._seq_len + columns
+      present = offset < self._lengths[document]
+      if self._one_pass:
+        present &= numbers[:, None] < self._order.total
+      offset = np.where(present, offset, 0)
+      visit = np.broadcast_to(visit, offset.shape)
+    tokens = np.where(present, self.tokens[self.starts[document] + offset], 0)
+    return _batch(tokens, np.where(present, visit, -1))
+
+
+def _batch(tokens, visit) -> Batch:
+  """A batch from T+1 columns of tokens and of the document visit they belong to; -1 = padding."""
+  here, following = visit[:, :-1], visit[:, 1:]
+  columns = np.arange(here.shape[1])
+  opens = np.concatenate([np.ones_like(here[:, :1], bool), here[:, 1:] != here[:, :-1]], axis=1)
+  opened_at = np.maximum.accumulate(np.where(opens, columns, 0), axis=1)
+  text = here >= 0
+  predicts = text & (here == following)
+  return Batch(
+    tokens=tokens[:, :-1].astype(np.int32),
+    targets=np.where(predicts, tokens[:, 1:], 0).astype(np.int32),
+    segment_ids=np.where(text, np.cumsum(opens, axis=1), 0).astype(np.int32),
+    positions=np.where(text, columns - opened_at, 0).astype(np.int32),
+    weights=predicts.astype(np.float32))
+
+
+class _EndlessOrder:
+  """Documents of `counts[d]` units each, visited once per epoch, in a new order every epoch.
+
+  Args:
+    counts: i64 [documents], units (tokens, or rows) of each document.
+    seed: of the orders; None keeps the given order.
+  """
+
+  def __init__(self, counts, seed):
+    self._counts, self._seed = counts, seed
+    self.total = int(counts.sum())   # units per epoch
+    self._epochs = {}
+
+  def locate(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For the units numbered `at`, i64: visit (a number no other visit has), document, offset."""
+    epochs, within = np.divmod(at, self.total)
+    visit, document, offset = (np.empty_like(at) for _ in range(3))
+    for epoch in np.unique(epochs):
+      chosen = epochs == epoch
+      order, ends = self._epoch(int(epoch))
+      rank = np.searchsorted(ends, within[chosen], side="right")
+      visit[chosen] = epoch * len(order) + rank
+      document[chosen] = order[rank]
+      offset[chosen] = within[chosen] - (ends[rank] - self._counts[order[rank]])
+    return visit, document, offset
+
+  def _epoch(self, epoch):
+    found = self._epochs.get(epoch)   # shared by threads: worst case, computed twice
+    if found is None:
+      order = (np.arange(len(self._counts)) if self._seed is None
+               else np.argsort(_hashes(self._seed, epoch, len(self._counts)), kind="stable"))
+      found = order, np.cumsum(self._counts[order])
+      for old in list(itertools.islice(self._epochs, max(0, len(self._epochs) - _EPOCHS_KEPT + 1))):
+        self._epochs.pop(old, None)
+      self._epochs[epoch] = found
+    return found
+
+
+def _hashes(seed, epoch, count) -> np.ndarray:
+  """u64 [count]: the SplitMix64 stream (Steele et al. 2014) of (seed, epoch).
+
+  Written out because numpy does not promise the same permutation from one version to the next.
+  """
+  gamma = 0x9E3779B97F4A7C15
+  start = np.array([seed % 2**64], np.uint64)
+  start = _mix(_mix(start) + np.array([epoch], np.uint64))
+  return _mix(start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(gamma))
+
+
+def _mix(x):
+  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return x ^ (x >> np.uint64(31))
+
+
+def _checked_step(step) -> int:
+  if step < 0:
+    raise UserError(f"step is {step}; steps count from 0")
+  return int(step)

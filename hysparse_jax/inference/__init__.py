@@ -1,0 +1,1 @@
+"""Loading a run, sampling, streaming text."""

@@ -1,0 +1,167 @@
+"""Turning logits into text: temperature, top-k, top-p, a seed, stop tokens, a stream."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hysparse_jax.errors import UserError
+from hysparse_jax.inference.text_stream import TextStream
+from hysparse_jax.model.transformer import Transformer, check_tokens
+
+PREFILL_CHUNK = 512   # tokens per prefill call, so that long prompts compile once
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
+def sample_token(logits, key, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+  """Draws one token per row.
+
+  Args:
+    logits: f32 [B, V].
+    key: a PRNG key.
+    temperature: 0 takes the most likely token (ties: the lowest).
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: keep the smallest set of most likely tokens whose probability reaches top_p.
+
+  Returns:
+    i32 [B]; -1 for a row with a NaN logit.
+  """
+  broken = jnp.isnan(logits).any(axis=-1)
+  if temperature == 0:
+    return jnp.where(broken, -1, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+  logits = logits / temperature
+  order = jnp.argsort(-logits, axis=-1, stable=True)
+  ranked = jnp.take_along_axis(logits, order, axis=-1)
+  rank = jnp.arange(ranked.shape[-1])
+  keep = jnp.ones_like(ranked, bool) if top_k == 0 else jnp.broadcast_to(rank < top_k, ranked.shape)
+  probability = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
+  before = jnp.cumsum(probability, axis=-1) - probability
+  if top_p < 1:     # at 1 the sum's rounding would cut the tail
+    keep &= (before < top_p) | (rank == 0)
+  choice = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf), axis=-1)
+  token = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
+  return jnp.where(broken, -1, token).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _prefill(model: Transformer, tokens, cache, lengths):
+  return model.prefill(tokens, cache, lengths)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _decode(model: Transformer, tokens, cache):
+  return model.decode(tokens, cache)
+
+
+def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop_tokens: tuple[int, ...] = (),
+             on_token: Callable[[np.ndarray], bool | None] | None = None) -> np.ndarray:
+  """Continues every row of a prompt.
+
+  Args:
+    model: a Transformer.
+    prompt: i32 [B, T], T at least 1.
+    max_new_tokens: how many to add at most.
+    temperature, top_k, top_p: as in `sample_token`.
+    seed: of the draws; the same seed gives the same text.
+    stop_tokens: a row that draws one of them is done and repeats it from there on.
+    on_token: called with each step's tokens, i32 [B], as they come; returning True ends it.
+
+  Returns:
+    i32 [B, up to max_new_tokens], shorter when every row is done before.
+
+  Raises:
+    UserError: an empty prompt, a token outside the vocabulary, an impossible setting.
+    FloatingPointError: the model's logits are NaN.
+  """
+  prompt = np.asarray(prompt)
+  if prompt.ndim != 2:
+    raise UserError(f"the prompt has shape {prompt.shape}; give rows of tokens, [B, T]")
+  if prompt.size == 0:
+    raise UserError(f"the prompt is empty (shape {prompt.shape}); give at least one token per row")
+  check_tokens(prompt, model.cfg.vocab_size)
+  prompt = prompt.astype(np.int32)
+  _check_settings(max_new_tokens, temperature, top_k, top_p)
+  batch, length = prompt.shape
+  cache = model.init_cache(batch, length + max_new_tokens)
+  for start in range(0, length, PREFILL_CHUNK):
+    chunk = prompt[:, start:start + PREFILL_CHUNK]
+    used = chunk.shape[1]
+    if length > PREFILL_CHUNK:
+      chunk = np.pad(chunk, ((0, 0), (0, PREFILL_CHUNK - used)))
+    logits, cache = _prefill(model, chunk, cache, np.full((batch,), used, np.int32))
+  key = jax.random.key(seed)
+  done = np.zeros((batch,), bool)
+  out = []
+  for index in range(max_new_tokens):
+    tokens = np.asarray(sample_token(logits, jax.random.fold_in(key, index),
+                                     temperature=temperature, top_k=top_k, top_p=top_p))
+    if (tokens < 0).any():
+      raise FloatingPointError(f"the logits of new token {index} are NaN; the weights are broken")
+    if out:
+      tokens = np.where(done, out[-1], tokens)
+    out.append(tokens)
+    ended = on_token is not None and on_token(tokens)
+    done |= np.isin(tokens, stop_tokens)
+    if ended or done.all() or index == max_new_tokens - 1:
+      break
+    logits, cache = _decode(model, tokens, cache)
+  return np.stack(out, axis=1)
+
+
+def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: int, *,
+                  stop: str | None = None, on_text: Callable[[str], None] | None = None,
+                  **settings) -> str:
+  """Continues a text: what follows `prompt`, up to and without the first `stop`.
+
+      cfg, model, tokenizer, step = load_run("runs/tiny")       # of hysparse_jax.inference
+      print(generate_text(model, tokenizer, "def main(", 200, temperature=0.8, seed=1))
+
+  Args:
+    model: a Transformer.
+    tokenizer: has `encode(str) -> i32 [T]` and `decode(ids) -> str`.
+    prompt: at least one token long.
+    max_new_tokens: how many to add at most.
+    stop: ends the text where it would begin; None: nothing does.
+    on_text: called with each further piece of the text as soon as later tokens cannot change it.
+    **settings: temperature, top_k, top_p, seed and stop_tokens of `generate`.
+
+  Raises:
+    UserError, FloatingPointError: as `generate`, and for an empty stop string.
+  """
+  if stop == "":
+    raise UserError("the stop string is empty; leave it out to stop nowhere")
+  try:
+    prompt.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"the prompt is not valid Unicode at character {error.start}; give UTF-8 "
+                    "text") from error
+  stream = TextStream(tokenizer, stop)
+  shown = []
+
+  def show(text):
+    shown.append(text)
+    if on_text is not None and text:
+      on_text(text)
+
+  def on_token(tokens):
+    show(stream.add(int(tokens[0])))
+    return stream.stopped
+
+  generate(model, np.asarray(tokenizer.encode(prompt))[None], max_new_tokens, on_token=on_token,
+           **settings)
+  show(stream.finish())
+  return "".join(shown)
+
+
+def _check_settings(max_new_tokens, temperature, top_k, top_p):
+  if max_new_tokens < 1:
+    raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+  if not temperature >= 0:
+    raise UserError(f"temperature is {temperature}; it must be at least 0")
+  if top_k < 0:
+    raise UserError(f"top_k is {top_k}; it must be at least 0 (0 keeps all)")
+  if not 0 < top_p <= 1:
+    raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")

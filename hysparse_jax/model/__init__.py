@@ -1,0 +1,1 @@
+"""The backbone: layers, the hybrid stack, experts, the KV cache."""

@@ -1,0 +1,218 @@
+"""Embedding, hybrid stack, head and loss: one forward for training, prefill and decoding.
+
+Axis letters: B batch, T tokens, D model, V vocab.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hysparse_jax.config import ModelConfig
+from hysparse_jax.errors import UserError
+from hysparse_jax.model import cache as kv_cache
+from hysparse_jax.model.cache import DecodeState
+from hysparse_jax.model.hybrid import HybridStack, Rows, by_layer
+from hysparse_jax.model.layers import ones, rms_norm, scaled_normal, weight
+from hysparse_jax.sharding import constrain
+
+
+class Transformer(nnx.Module):
+  """A decoder-only language model with the attention pattern of `cfg.attention`.
+
+      logits = model(tokens, segment_ids)                              # i32 [B,T] -> f32 [B,T,V]
+      logits, cache = model.prefill(tokens, model.init_cache(B, S))    # last token's, f32 [B,V]
+      logits, cache = model.decode(next_tokens, cache)                 # i32 [B] -> f32 [B,V]
+  """
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    D, V = cfg.d_model, cfg.vocab_size
+    self.cfg = cfg
+    self.embedding = weight(rngs, (V, D), ("vocab", "embed"), init=scaled_normal(0.02))
+    self.stack = HybridStack(cfg, rngs=rngs)
+    self.final_norm = weight(rngs, (D,), (None,), init=ones)
+    if not cfg.tied_embeddings:
+      self.head = weight(rngs, (D, V), ("embed", "vocab"), in_axes=(0,), out_axes=(1,))
+
+  def __call__(self, tokens, segment_ids=None, positions=None):
+    """i32 [B, T] -> logits f32 [B, T, V].
+
+    Args:
+      tokens: i32 [B, T]. A token outside [0, V) makes its row NaN.
+      segment_ids: i32 [B, T], documents never see each other; 0 is padding. None: one per row.
+      positions: i32 [B, T]. None: counted from the start of each document.
+    """
+    hidden, _ = self.hidden(tokens, segment_ids, positions)
+    return self.logits(hidden)
+
+  def hidden(self, tokens, segment_ids=None, positions=None):
+    """i32 [B, T] -> (normed last hidden state [B, T, D], `LayerStats` of the stack)."""
+    if positions is None:
+      positions = positions_within(segment_ids, tokens.shape)
+    x, _, stats = self.stack(self.embed(tokens), Rows(positions, segment_ids))
+    return rms_norm(x, self.final_norm[...], self.cfg.norm_eps), stats
+
+  def embed(self, tokens):
+    """i32 [B, T] -> [B, T, D] in the compute dtype."""
+    inside = jnp.where(tokens < 0, self.cfg.vocab_size, tokens)      # so that -1 is no last row
+    # Rounded after the look-up: the gradient of a row adds up in float32, over every such token.
+    x = self.embedding[...].at[inside].get(mode="fill", fill_value=jnp.nan)
+    return constrain(x.astype(self.cfg.dtype), "batch", "seq", None)
+
+  def logits(self, hidden):
+    """[..., D] -> f32 [..., V]."""
+    head = self.embedding[...].T if self.cfg.tied_embeddings else self.head[...]
+    return _scores(hidden, head.astype(hidden.dtype))
+
+  def init_cache(self, batch: int, max_tokens: int) -> DecodeState:
+    """An empty cache for `batch` sequences of at most `max_tokens` tokens each."""
+    return kv_cache.init_cache(self.cfg, batch, max_tokens)
+
+  def prefill(self, tokens, cache: DecodeState, lengths=None):
+    """Appends a chunk of tokens to the cache; call it again for the next chunk.
+
+    Args:
+      tokens: i32 [B, T], padded at the end where `lengths` is shorter than T.
+      cache: what `init_cache` or an earlier call returned.
+      lengths: i32 [B], tokens of each row that count, at least 1; None: all.
+
+    Returns:
+      f32 [B, V], the logits after each row's last token, and the cache.
+
+    Raises:
+      UserError: a token outside the vocabulary or a row without room. Under `jax.jit`, where
+        values are not known, the logits of such a row are NaN instead.
+    """
+    batch, count = tokens.shape
+    lengths = jnp.full((batch,), count, jnp.int32) if lengths is None else jnp.asarray(lengths)
+    self._check(tokens, cache, lengths)
+    steps = jnp.arange(count)[None]
+    rows = Rows(positions=cache.length[:, None] + steps, valid=steps < lengths[:, None])
+    x, groups, _ = self.stack(self.embed(tokens), rows, cache.groups)
+    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    logits = self.logits(rms_norm(last, self.final_norm[...], self.cfg.norm_eps))
+    length = cache.length + lengths
+    overflow = (length > cache.max_tokens) | (lengths < 1) | (lengths > count)
+    return jnp.where(overflow[:, None], jnp.nan, logits), DecodeState(length, groups)
+
+  def decode(self, tokens, cache: DecodeState):
+    """Appends one token per sequence: i32 [B] -> f32 [B, V], the cache. Errors as in `prefill`."""
+    return self.prefill(tokens[:, None], cache)
+
+  def _check(self, tokens, cache, lengths):
+    known = [x for x in (tokens, cache.length, lengths) if not isinstance(x, jax.core.Tracer)]
+    if len(known) < 3:
+      return
+    tokens, used, lengths = (np.asarray(x) for x in known)
+    check_tokens(tokens, self.cfg.vocab_size)
+    if used.shape != (tokens.shape[0],):
+      raise UserError(f"the cache holds {used.shape[0]} sequences, got {tokens.shape[0]} rows")
+    if (lengths < 1).any() or (lengths > tokens.shape[1]).any():
+      raise UserError(f"lengths {lengths.tolist()} must be between 1 and the {tokens.shape[1]} "
+                      "tokens given")
+    if (used + lengths > cache.max_tokens).any():
+      raise UserError(f"the cache has room for {cache.max_tokens} tokens, {int(used.max())} are "
+                      f"in it and {int(lengths.max())} more were given; make it larger with "
+                      "init_cache(batch, max_tokens)")
+
+
+@jax.custom_vjp
+def _scores(hidden, head):
+  """[..., D] x [D, V] -> f32 [..., V]; the cotangent is rounded to the operands' dtype.
+
+  Left in float32 it would turn both products of the backward pass, a tenth of a training step,
+  into float32 ones.
+  """
+  return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _scores_bwd(saved, grad):
+  hidden, head = saved
+  grad = grad.astype(hidden.dtype)
+  rows = tuple(range(hidden.ndim - 1))
+  return jnp.einsum("...v,dv->...d", grad, head), jnp.tensordot(hidden, grad, axes=(rows, rows))
+
+
+_scores.defvjp(lambda hidden, head: (_scores(hidden, head), (hidden, head)), _scores_bwd)
+
+
+def check_tokens(tokens, vocab_size: int):
+  """Raises a UserError naming the first token (of a NumPy array) outside the vocabulary."""
+  tokens = np.asarray(tokens)
+  outside = (tokens < 0) | (tokens >= vocab_size)
+  if outside.any():
+    raise UserError(f"token {int(tokens[outside][0])} is outside the vocabulary of "
+                    f"{vocab_size}; tokens are 0 to {vocab_size - 1}")
+
+
+def positions_within(segment_ids, shape):
+  """i32 [B, T]: how far each token is from the start of its document."""
+  index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+  if segment_ids is None:
+    return index
+  first = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool),
+                           segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+  return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+class LossStats(NamedTuple):
+  """Sums over one batch, so that micro-batches and hosts can be added up."""
+
+  nll: jax.Array                   # f32 [], sum of weights * negative log-likelihood, nats
+  weight: jax.Array                # f32 [], sum of weights
+  z: jax.Array                     # f32 [], sum of weights * logsumexp ** 2
+  layers: tuple                    # of the stack, see `hybrid.by_layer`
+
+
+def loss(model: Transformer, batch, *, z_loss: float = 0.0, chunk: int = 0, denominator=None):
+  """Mean next-token loss plus the auxiliary losses the config asks for.
+
+  Args:
+    model: a Transformer.
+    batch: has tokens, targets, segment_ids, positions i32 [B, T] and weights f32 [B, T].
+    z_loss: weight of the mean of logsumexp(logits) ** 2 (PaLM, section 5).
+    chunk: tokens per row whose logits exist at once, a divisor of T; 0: all.
+    denominator: f32 [], what the weighted sum is divided by; None: the sum of this batch's
+      weights. Micro-batches of one step divide by the sum over all of them.
+
+  Returns:
+    f32 [] in nats per token, and `LossStats`.
+  """
+  hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+  nll, z = token_losses(model, hidden, batch.targets, chunk)
+  weight_sum = jnp.sum(batch.weights)
+  nll, z = jnp.sum(nll * batch.weights), jnp.sum(z * batch.weights)
+  total = (nll + z_loss * z) / jnp.maximum(weight_sum if denominator is None else denominator, 1.0)
+  if model.cfg.moe is not None:
+    routers = [layer.router for layer in by_layer(model.cfg, stats)]
+    balance = sum(router.load_balance_loss for router in routers) / len(routers)
+    router_z = sum(router.router_z_loss for router in routers) / len(routers)
+    total += model.cfg.moe.load_balance_weight * balance + model.cfg.moe.router_z_weight * router_z
+  return total, LossStats(nll, weight_sum, z, stats)
+
+
+def token_losses(model: Transformer, hidden, targets, chunk: int = 0):
+  """hidden [B, T, D], targets i32 [B, T] -> negative log-likelihood and logsumexp ** 2, [B, T]."""
+  def of(hidden, targets):
+    logits = model.logits(hidden)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return lse - picked, jnp.square(lse)
+
+  T = targets.shape[1]
+  if chunk in (0, T):
+    return of(hidden, targets)
+  split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], T)
+  nll, z = jax.lax.map(jax.checkpoint(lambda args: of(*args)), (split(hidden), split(targets)))
+  return join(nll), join(z)
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def evaluate_batch(model: Transformer, batch, chunk: int = 0):
+  """The token losses f32 [B, T] in nats of one batch, no gradient."""
+  hidden, _ = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+  return token_losses(model, hidden, batch.targets, chunk)[0]

@@ -1,0 +1,1 @@
+"""Recall tasks: training mixes them into its rows, evaluation scores them."""

@@ -1,0 +1,1 @@
+"""TPU kernels of causal and windowed attention, shared by two ops."""

@@ -1,0 +1,1 @@
+"""Kernels of `oracle_attention` for TPUs."""

@@ -1,0 +1,1 @@
+"""Kernels of `sliding_window_attention` for NVIDIA GPUs."""

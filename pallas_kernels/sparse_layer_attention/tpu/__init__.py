@@ -1,0 +1,1 @@
+"""Kernels of `sparse_layer_attention` for TPUs."""
