@@ -8,7 +8,10 @@ from pallas_kernels.cached_attention.api import (
 )
 from pallas_kernels.oracle_attention.api import oracle_attention
 from pallas_kernels.sliding_window_attention.api import sliding_window_attention
-from pallas_kernels.sparse_layer_attention.api import hybrid_sparse_attention
+from pallas_kernels.sparse_layer_attention.api import (
+  hybrid_sparse_attention,
+  sparse_layer_attention,
+)
 
 __all__ = [
   "block_sparse_attention",
@@ -19,4 +22,5 @@ __all__ = [
   "oracle_attention",
   "plan_blocks",
   "sliding_window_attention",
+  "sparse_layer_attention",
 ]

@@ -1,6 +1,7 @@
 """Trace-time checks of the ops' arguments: one line saying what was got, wanted and what to do."""
 
 import jax.numpy as jnp
+import numpy as np
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -71,10 +72,62 @@ def check_sinks(op, name, sinks, sizes):
     check_shape(op, name, sinks, "N", sizes, ("float32",))
 
 
-def check_segments(op, segment_ids, sizes):
-  """Checks that `segment_ids` is None or i32 [B,T]."""
-  if segment_ids is not None:
-    check_shape(op, "segment_ids", segment_ids, "BT", sizes, ("int32",))
+def check_offset(op, name, offset, sizes):
+  """The key index of query 0 as the implementations take it: an int of at least 0, or i32 [B].
+
+  Args:
+    op: the op's name.
+    name: the argument's name.
+    offset: int, i32 [] or i32 [B].
+    sizes: {letter: size}, with B.
+
+  Raises:
+    ValueError: anything else.
+  """
+  if isinstance(offset, (int, np.integer)) and not isinstance(offset, bool):
+    require(offset >= 0, f"{op}: {name}={offset}; wanted at least 0; drop the queries before key 0")
+    return int(offset)
+  require(hasattr(offset, "shape") and hasattr(offset, "dtype") and len(offset.shape) <= 1,
+          f"{op}: {name}={offset!r}; wanted an int, or an i32 array [] or [B={sizes['B']}]")
+  check_shape(op, name, offset, "B" if len(offset.shape) else "", sizes, ("int32",))
+  return jnp.broadcast_to(offset, (sizes["B"],))
+
+
+def check_segments(op, segment_ids, kv_segment_ids, query_offset, sizes, keys="S",
+                   kv_name="kv_segment_ids"):
+  """Segment ids of queries i32 [B,T] and of keys i32 [B,S]; None, None where there are none.
+
+  Args:
+    op: the op's name.
+    segment_ids: i32 [B,T] or None.
+    kv_segment_ids: i32 [B,S] or None: the queries' own, where the queries are all keys.
+    query_offset: of `check_offset`.
+    sizes: {letter: size}, with B, T and the letter of the keys.
+    keys: that letter.
+    kv_name: the name of the keys' argument.
+
+  Raises:
+    ValueError: they do not fit, or one of the two is missing.
+  """
+  if segment_ids is None:
+    require(kv_segment_ids is None, f"{op}: got {kv_name} without segment_ids; give both")
+    return None, None
+  check_shape(op, "segment_ids", segment_ids, "BT", sizes, ("int32",))
+  if kv_segment_ids is None:
+    require(sizes["T"] == sizes[keys] and isinstance(query_offset, int) and query_offset == 0,
+            f"{op}: got segment_ids without {kv_name} for T={sizes['T']} queries at an offset "
+            f"into {sizes[keys]} keys; give the keys' own segment ids too")
+    return segment_ids, segment_ids
+  check_shape(op, kv_name, kv_segment_ids, "B" + keys, sizes, ("int32",))
+  return segment_ids, kv_segment_ids
+
+
+def queries_are_keys(op, query_offset, segment_ids, kv_segment_ids, sizes):
+  """Raises NotCoveredError unless the queries are all keys: query t stands at key t."""
+  if not (isinstance(query_offset, int) and query_offset == 0
+          and sizes[0] == sizes[1] and (kv_segment_ids is None or kv_segment_ids is segment_ids)):
+    raise NotCoveredError(f"{op}: got {sizes[0]} queries at an offset into {sizes[1]} keys; wanted "
+                          "as many at offset 0")
 
 
 def check_broadcast(op, name, array, axes, sizes):

@@ -1,6 +1,7 @@
 """How an op turns `implementation=` into the function that runs."""
 
 import functools
+import importlib
 
 import jax
 from absl import logging
@@ -8,6 +9,19 @@ from absl import logging
 from pallas_kernels.checks import NotCoveredError
 
 REFERENCE = "reference"
+
+
+def lazy(target):
+  """The function named "module:function", whose module is imported when it is first called.
+
+  Kernels import packages that exist on their own platform only.
+  """
+  module, _, name = target.partition(":")
+
+  def call(*args, **options):
+    return getattr(importlib.import_module(module), name)(*args, **options)
+
+  return call
 
 
 def pick(op, implementation, available, by_platform):

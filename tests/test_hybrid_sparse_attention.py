@@ -99,7 +99,7 @@ def test_gradients(per_head):
 ])
 def test_bad_input_is_one_clear_line(change, message):
   kv = jnp.zeros((1, 8, 2, 4))
-  arguments = dict(q=jnp.zeros((1, 8, 4, 4)), k_shared=kv, v_shared=kv,
+  arguments = dict(q=jnp.zeros((1, 8, 4, 4)), k=kv, v=kv,
                    block_indices=jnp.zeros((1, 2, 8, 1), jnp.int32), k_local=kv, v_local=kv,
                    gate_sparse=jnp.zeros((1, 1, 1, 1)),
                    gate_local=jnp.zeros((1, 1, 1, 1))) | change

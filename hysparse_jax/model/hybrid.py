@@ -43,10 +43,10 @@ from pallas_kernels import (
   cached_block_sparse_attention,
   cached_oracle_attention,
   cached_sliding_window_attention,
-  hybrid_sparse_attention,
   oracle_attention,
   plan_blocks,
   sliding_window_attention,
+  sparse_layer_attention,
 )
 
 TOKENS = ("batch", "seq")
@@ -239,7 +239,7 @@ class SparseLayer(Attention):
     common = dict(implementation=cfg.implementation)
     sinks = ("heads",)
     if cfg.has_sparse_branch and cfg.has_local_branch:
-      op = lambda q, ks, vs, ix, plan, kl, vl, gs, gl, ss, sl, seg: hybrid_sparse_attention(
+      op = lambda q, ks, vs, ix, plan, kl, vl, gs, gl, ss, sl, seg: sparse_layer_attention(
         q, ks, vs, ix, kl, vl, gs, gl, ss, sl, block_size=cfg.block_size, window=cfg.window,
         segment_ids=seg, plan=_own(plan), **common)
       names = (HEADS, KV, KV, PICKED, SHARDS, KV, KV, HEADS, HEADS, sinks, sinks, TOKENS)

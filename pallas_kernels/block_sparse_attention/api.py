@@ -3,22 +3,14 @@
 from pallas_kernels import checks, implementations
 from pallas_kernels.block_sparse_attention import reference
 
+_GPU = "pallas_kernels.block_sparse_attention.gpu.op"
+_TPU = "pallas_kernels.block_sparse_attention.tpu.op"
 _ONLY_TRITON = 1000   # no pick is shared by that many tokens of a tile
 
 
 def _reference(*args, plan, **options):
   del plan
   return reference.block_sparse_attention(*args, **options)
-
-
-def _mosaic_gpu(*args, **options):
-  from pallas_kernels.block_sparse_attention.gpu import op as gpu
-  return gpu.block_sparse_attention(*args, **options)
-
-
-def _mosaic_tpu(*args, **options):
-  from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
-  return mosaic_tpu.block_sparse_attention(*args, **options)
 
 
 def _triton(*args, **options):
@@ -37,7 +29,9 @@ def _plan_tpu(block_indices, group, block_size):
   return mosaic_tpu.make_plan(block_indices, group, block_size=block_size)
 
 
-_AVAILABLE = {"reference": _reference, "mosaic_gpu": _mosaic_gpu, "mosaic_tpu": _mosaic_tpu,
+_AVAILABLE = {"reference": _reference,
+              "mosaic_gpu": implementations.lazy(_GPU + ":block_sparse_attention"),
+              "mosaic_tpu": implementations.lazy(_TPU + ":block_sparse_attention"),
               "triton": _triton}
 _PLANS = {
   "reference": lambda *_: None,
@@ -48,18 +42,21 @@ _PLANS = {
 _BY_PLATFORM = {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
 
 
-def plan_blocks(block_indices, *, num_heads, block_size=64, implementation=None):
-  """What the kernels work out from the picks alone, so that layers that share picks share it.
+def plan_blocks(block_indices, *, num_heads, num_keys=None, block_size=64, query_offset=0,
+                implementation=None):
+  """What the kernels derive from the selected blocks, computed once per hybrid block.
 
   Args:
     block_indices: i32 [B,K,T,P] as `oracle_attention` returns them.
     num_heads: N of the queries that will use them.
+    num_keys: S; None: T.
     block_size: keys per block.
+    query_offset: int, i32 [] or i32 [B], as the calls that take the plan get it.
     implementation: as the calls that take the plan get it.
 
   Returns:
-    A pytree for the `plan` argument of `block_sparse_attention` and `hybrid_sparse_attention`;
-    None where the implementation needs none.
+    A pytree for the `plan` argument of `block_sparse_attention` and `sparse_layer_attention`, whose
+    leaves lead with [B,K], so that it shards like the KV; None where the implementation needs none.
 
   Raises:
     ValueError: shapes or dtypes that do not fit.
@@ -74,8 +71,9 @@ def plan_blocks(block_indices, *, num_heads, block_size=64, implementation=None)
   return plan(block_indices, num_heads // sizes["K"], block_size)
 
 
-def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
-                           scale=None, plan=None, implementation=None):
+def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
+                           segment_ids=None, kv_segment_ids=None, scale=None, plan=None,
+                           implementation=None):
   """Causal GQA softmax attention of each query over its picked key blocks only.
 
   All G heads of a group use the same blocks; inside the query's own block the mask is causal
@@ -83,13 +81,16 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
 
   Args:
     q: [B,T,N,H] float32, bfloat16 or float16.
-    k: [B,T,K,H], N a multiple of K.
-    v: [B,T,K,E]; its head dim E may differ from H.
+    k: [B,S,K,H], N a multiple of K.
+    v: [B,S,K,E]; its head dim E may differ from H.
     block_indices: i32 [B,K,T,P] as `oracle_attention` returns them: distinct blocks, -1 for none.
     block_size: keys per block.
     sinks: f32 [N] or None: a logit per head that joins the softmax denominator only.
-    segment_ids: i32 [B,T] or None. Tokens see only their own segment; 0 is padding, which sees
-      nothing (output 0) and is seen by nobody.
+    query_offset: int, i32 [] or i32 [B]: the key index of query 0. Query t of row b sees keys up to
+      query_offset[b] + t.
+    segment_ids: i32 [B,T] or None, the queries' documents. A query attends within its document
+      only. Segment 0 is padding and is masked both as query (output 0) and as key.
+    kv_segment_ids: i32 [B,S], the keys' documents; None where the queries are all keys.
     scale: of the logits; None is 1/sqrt(H).
     plan: what `plan_blocks` returned for these indices and this implementation; None: made here.
     implementation: "reference", "mosaic_gpu" (NVIDIA Hopper; its backward is Triton's), "triton"
@@ -105,14 +106,17 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
   op = "block_sparse_attention"
   sizes = {}
   checks.check_shape(op, "q", q, "BTNH", sizes)
-  checks.check_shape(op, "k", k, "BTKH", sizes)
-  checks.check_shape(op, "v", v, "BTKE", sizes)
+  checks.check_shape(op, "k", k, "BSKH", sizes)
+  checks.check_shape(op, "v", v, "BSKE", sizes)
   checks.check_shape(op, "block_indices", block_indices, "BKTP", sizes, ("int32",))
   checks.check_heads(op, sizes)
   checks.check_sinks(op, "sinks", sinks, sizes)
-  checks.check_segments(op, segment_ids, sizes)
+  query_offset = checks.check_offset(op, "query_offset", query_offset, sizes)
+  segment_ids, kv_segment_ids = checks.check_segments(op, segment_ids, kv_segment_ids, query_offset,
+                                                      sizes)
   checks.check_at_least(op, 1, block_size=block_size)
   checks.check_scale(op, scale)
   run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM)
-  return run(q, k, v, block_indices, block_size=block_size, sinks=sinks, segment_ids=segment_ids,
+  return run(q, k, v, block_indices, block_size=block_size, sinks=sinks,
+             query_offset=query_offset, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
              scale=sizes["H"] ** -0.5 if scale is None else scale, plan=plan)

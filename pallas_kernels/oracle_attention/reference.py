@@ -3,18 +3,20 @@
 import jax.numpy as jnp
 
 from pallas_kernels.reference.block_selection import attend_and_select
-from pallas_kernels.reference.masked_attention import causal_chunks, same_segment
+from pallas_kernels.reference.masked_attention import causal_chunks, positions, same_segment
 
 NEVER = jnp.iinfo(jnp.int32).max     # position of padding keys: after every query
 
 
-def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale):
+def oracle_attention(q, k, v, *, block_size, num_blocks, query_offset, segment_ids,
+                     kv_segment_ids, scale):
   """Causal attention and each query's best key blocks; see `api.py`.
 
-  With p the softmax weights, group k the G query heads of KV head k:
+  With p the softmax weights, group k the G query heads of KV head k, query t at key index
+  t' = query_offset + t:
 
-      out[t,n]  = sum_{j <= t} p[t,n,j] v_j
-      S[k,t,i]  = max_{n in group k} max_{j in block i, j <= t} p[t,n,j]        (HySparse, oracle)
+      out[t,n]  = sum_{j <= t'} p[t,n,j] v_j
+      S[k,t,i]  = max_{n in group k} max_{j in block i, j <= t'} p[t,n,j]       (HySparse, oracle)
 
   and `block_indices[k,t]` are the `num_blocks` blocks of largest S. S is compared as
   log S = max_n (max_j s[t,n,j] - logsumexp_j s[t,n,j]) in float32, which orders blocks whose
@@ -23,11 +25,11 @@ def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale):
   batch, num_queries, num_heads, _ = q.shape
   dtype = q.dtype
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))      # here: gradients add up in float32
-  position = jnp.broadcast_to(jnp.arange(num_queries, dtype=jnp.int32), (batch, num_queries))
-  queries = {"q": q * scale, "position": position, "segment": segment_ids}
-  keys = {"k": k, "v": v, "position": position, "segment": segment_ids}
+  queries = {"q": q * scale, "position": positions(query_offset, batch, num_queries),
+             "segment": segment_ids}
+  keys = {"k": k, "v": v, "position": positions(0, batch, k.shape[1]), "segment": kv_segment_ids}
   if num_blocks:
-    keys = _pad_keys(keys, -num_queries % block_size)
+    keys = _pad_keys(keys, -k.shape[1] % block_size)
 
   def attend(queries, keys):
     visible = keys["position"][:, None, None, :] <= queries["position"][:, None, :, None]
@@ -37,6 +39,7 @@ def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale):
     return out.astype(dtype), picked
 
   out, block_indices = causal_chunks(attend, queries, keys, num_heads=num_heads,
+                                     offset=query_offset,
                                      key_multiple=block_size if num_blocks else 1)
   return out, block_indices.transpose(0, 2, 1, 3)
 

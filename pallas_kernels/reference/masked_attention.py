@@ -87,14 +87,21 @@ def same_segment(query_segments, key_segments):
   return (query_segments == key_segments[:, None, None, :]) & (query_segments != 0)
 
 
-def causal_chunks(attend, queries, keys, *, num_heads, key_multiple=1):
+def positions(offset, batch, count):
+  """i32 [B,T]: the key index of each query; offset: int or i32 [B]."""
+  offset = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batch,))
+  return offset[:, None] + jnp.arange(count, dtype=jnp.int32)
+
+
+def causal_chunks(attend, queries, keys, *, num_heads, offset=0, key_multiple=1):
   """Runs `attend(queries, keys)` on slices of the queries with only the keys they can reach.
 
   Args:
     attend: takes slices of the two trees, returns a tree of [B,t,...] arrays.
     queries: tree of [B,T,...] arrays.
-    keys: tree of [B,S,...] arrays; query `t` may only use keys `0..t`.
+    keys: tree of [B,S,...] arrays; query `t` may only use keys `0..offset + t`.
     num_heads: N, to count scores.
+    offset: int, or an array: then every slice gets all keys.
     key_multiple: the key slices end at a multiple of this (or at S).
 
   Returns:
@@ -102,13 +109,15 @@ def causal_chunks(attend, queries, keys, *, num_heads, key_multiple=1):
   """
   batch, num_queries = jax.tree.leaves(queries)[0].shape[:2]
   num_keys = jax.tree.leaves(keys)[0].shape[1]
+  if not isinstance(offset, int):
+    return query_chunks(attend, queries, keys, num_heads=num_heads)
   num_parts = min(MAX_PARTS, math.ceil(num_queries / MIN_PART))
   part = math.ceil(math.ceil(num_queries / num_parts) / key_multiple) * key_multiple
   recompute = batch * num_heads * num_queries * num_keys > KEPT_SCORES
   outs = []
   for start in range(0, num_queries, part):
     stop = min(start + part, num_queries)
-    reach = min(math.ceil(stop / key_multiple) * key_multiple, num_keys)
+    reach = min(math.ceil((offset + stop) / key_multiple) * key_multiple, num_keys)
     part_queries = jax.tree.map(lambda x, a=start, b=stop: x[:, a:b], queries)
     part_keys = jax.tree.map(lambda x, b=reach: x[:, :b], keys)
     outs.append(query_chunks(attend, part_queries, part_keys, num_heads=num_heads,

@@ -1,4 +1,4 @@
-"""The meaning of `hybrid_sparse_attention`, in float32 `jax.numpy`."""
+"""The meaning of `sparse_layer_attention`, in float32 `jax.numpy`."""
 
 import jax.numpy as jnp
 
@@ -6,14 +6,26 @@ from pallas_kernels.block_sparse_attention.reference import block_sparse_attenti
 from pallas_kernels.sliding_window_attention.reference import sliding_window_attention
 
 
-def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
-                            gate_local, *, sinks_sparse, sinks_local, block_size, window,
-                            segment_ids, scale):
+def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse, gate_local, *,
+                           sinks_sparse, sinks_local, block_size, window, query_offset,
+                           local_query_offset, segment_ids, kv_segment_ids, local_kv_segment_ids,
+                           scale):
   """gate_sparse * o_sparse + gate_local * o_local  (HySparse, sparse layer); see `api.py`."""
   q32 = q.astype(jnp.float32)      # the branches then answer in float32, and so the sum is
-  sparse = block_sparse_attention(q32, k_shared, v_shared, block_indices, block_size=block_size,
-                                  sinks=sinks_sparse, segment_ids=segment_ids, scale=scale)
-  local = sliding_window_attention(q32, k_local, v_local, window=window, sinks=sinks_local,
-                                   segment_ids=segment_ids, scale=scale)
-  gated = gate_sparse.astype(jnp.float32) * sparse + gate_local.astype(jnp.float32) * local
-  return gated.astype(q.dtype)
+  out = 0.0
+  if k is not None:
+    sparse = block_sparse_attention(q32, k, v, block_indices, block_size=block_size,
+                                    sinks=sinks_sparse, query_offset=query_offset,
+                                    segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
+                                    scale=scale)
+    out = _gated(gate_sparse, sparse)
+  if k_local is not None:
+    local = sliding_window_attention(q32, k_local, v_local, window=window, sinks=sinks_local,
+                                     query_offset=local_query_offset, segment_ids=segment_ids,
+                                     kv_segment_ids=local_kv_segment_ids, scale=scale)
+    out = out + _gated(gate_local, local)
+  return out.astype(q.dtype)
+
+
+def _gated(gate, out):
+  return out if gate is None else gate.astype(jnp.float32) * out

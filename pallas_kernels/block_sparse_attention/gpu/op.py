@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import checks
 from pallas_kernels.block_sparse_attention.gpu import forward as mosaic_gpu
 from pallas_kernels.block_sparse_attention.gpu import forward_split as mosaic_gpu_split
 from pallas_kernels.block_sparse_attention.gpu import plan as index_plan
@@ -194,8 +195,8 @@ def check_picks(op, block_indices, block_size):
     raise NotCoveredError(f"{op} on GPU: got {block_indices.shape[-1]} picks, want 1 to 16")
 
 
-def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
-                           scale=None, plan=None, hot_threshold=None):
+def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
+                           segment_ids=None, kv_segment_ids=None, scale=None, plan=None, hot_threshold=None):
   """The op of `api.py` on an NVIDIA GPU of compute capability 9.0.
 
   `plan`: `make_plan(block_indices, N // K)`, so that the layers that share picks share its cost;
@@ -206,6 +207,8 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
     NotCoveredError: block_size other than 64, more than 16 picks, H other than 64 or 128, a
       v head dim other than H, dtypes other than bfloat16 and float16, G over 16.
   """
+  checks.queries_are_keys("block_sparse_attention", query_offset, segment_ids, kv_segment_ids,
+                          (q.shape[1], k.shape[1]))
   op = "block_sparse_attention"
   check_picks(op, block_indices, block_size)
   scale = q.shape[-1] ** -0.5 if scale is None else scale

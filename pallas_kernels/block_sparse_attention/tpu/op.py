@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu
+from pallas_kernels import checks, tpu
 from pallas_kernels.block_sparse_attention.tpu import backward as mosaic_tpu_backward
 from pallas_kernels.block_sparse_attention.tpu import forward as mosaic_tpu_forward
 from pallas_kernels.block_sparse_attention.tpu import plan as tpu_plan
@@ -328,8 +328,8 @@ def _attention_bwd(scale, options, saved, dout):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, segment_ids=None,
-                           scale=None, plan=None, options=None):
+def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
+                           segment_ids=None, kv_segment_ids=None, scale=None, plan=None, options=None):
   """The op of `api.py` on a TPU: v5e, v5p, v6e.
 
   `plan`: `make_plan(block_indices, N // K, block_size=...)`, so that the layers that share picks
@@ -339,6 +339,8 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
     NotCoveredError: dtypes other than bfloat16 and float32, head dims over 256, G over 128, a
       block_size that is no multiple of 16 (float32: 8).
   """
+  checks.queries_are_keys("block_sparse_attention", query_offset, segment_ids, kv_segment_ids,
+                          (q.shape[1], k.shape[1]))
   check_support(_OP, {"q": q, "k": k, "v": v}, block_size)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   plan = pick_plan(_OP, plan, block_indices, q.shape[2] // k.shape[2], block_size)

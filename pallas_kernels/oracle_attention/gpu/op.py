@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import checks
 from pallas_kernels.checks import NotCoveredError
 from pallas_kernels.oracle_attention.gpu import backward as mosaic_gpu_backward
 from pallas_kernels.oracle_attention.gpu import cudnn_backward
@@ -27,7 +28,8 @@ CHUNK_BYTES = 2_200_000_000
 MOST_UNROLLED = 32
 
 
-def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, interpret=None):
+def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, query_offset=0,
+                     kv_segment_ids=None, interpret=None):
   """See `api.py`. Differentiable in q, k and v.
 
   Under `jax.checkpoint` with a policy that saves the names `oracle_out`, `oracle_lse` and
@@ -46,6 +48,8 @@ def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, int
   Raises:
     NotCoveredError: values that this implementation does not cover.
   """
+  checks.queries_are_keys("oracle_attention", query_offset, segment_ids, kv_segment_ids,
+                          (q.shape[1], k.shape[1]))
   _check(q, k, v, block_size, num_blocks)
   return _attend(q, k, v, segment_ids, num_blocks, float(scale), interpret)
 

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import checks
 from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
 
 OP = "oracle_attention"
 
 
-def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, interpret=False):
+def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, query_offset=0,
+                     kv_segment_ids=None, interpret=False):
   """See `api.py`. Differentiable in q, k and v.
 
   Under `jax.checkpoint` with a policy that saves the names `oracle_out`, `oracle_lse` and
@@ -31,6 +33,8 @@ def oracle_attention(q, k, v, *, block_size, num_blocks, segment_ids, scale, int
   Raises:
     NotImplementedError: values that this implementation does not cover.
   """
+  checks.queries_are_keys("oracle_attention", query_offset, segment_ids, kv_segment_ids,
+                          (q.shape[1], k.shape[1]))
   tpu_attention.check(OP, q, k, v)
   tpu_attention.key_unit(OP, block_size, num_blocks)
   return _attend(q, k, v, segment_ids, block_size, num_blocks, float(scale), interpret)

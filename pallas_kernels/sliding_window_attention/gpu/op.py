@@ -6,6 +6,7 @@ the key-major kernels over the tokens that can see a block. Both mask the window
 
 import functools
 
+from pallas_kernels import checks
 from pallas_kernels.block_sparse_attention.gpu import forward as mosaic_gpu
 from pallas_kernels.block_sparse_attention.gpu import op as gpu
 from pallas_kernels.block_sparse_attention.gpu import plan as index_plan
@@ -26,13 +27,16 @@ def window_plan(batch, kv_heads, window, tokens, group):
   return index_plan.window_plan(batch, kv_heads, tokens, window, config)
 
 
-def sliding_window_attention(q, k, v, *, window=128, sinks=None, segment_ids=None, scale=None):
+def sliding_window_attention(q, k, v, *, window=128, sinks=None, query_offset=0, segment_ids=None,
+    kv_segment_ids=None, scale=None):
   """The op of `api.py` on an NVIDIA GPU of compute capability 9.0; dtypes, H and G as there.
 
   Raises:
     NotCoveredError: window over 961 (15 blocks and the query's own), or what
       `block_sparse_attention` does not take.
   """
+  checks.queries_are_keys("sliding_window_attention", query_offset, segment_ids, kv_segment_ids,
+                          (q.shape[1], k.shape[1]))
   op = "sliding_window_attention"
   check_window(op, window)
   scale = q.shape[-1] ** -0.5 if scale is None else scale

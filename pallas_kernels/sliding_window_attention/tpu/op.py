@@ -4,12 +4,14 @@ import functools
 
 import jax
 
+from pallas_kernels import checks
 from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
 
 OP = "sliding_window_attention"
 
 
-def sliding_window_attention(q, k, v, *, window, sinks, segment_ids, scale, interpret=False):
+def sliding_window_attention(q, k, v, *, window, sinks, segment_ids, scale, query_offset=0,
+                     kv_segment_ids=None, interpret=False):
   """See `api.py`. Differentiable in q, k, v and sinks.
 
   Args:
@@ -25,6 +27,8 @@ def sliding_window_attention(q, k, v, *, window, sinks, segment_ids, scale, inte
   Raises:
     NotImplementedError: values that this implementation does not cover.
   """
+  checks.queries_are_keys("sliding_window_attention", query_offset, segment_ids, kv_segment_ids,
+                          (q.shape[1], k.shape[1]))
   tpu_attention.check(OP, q, k, v)
   window = min(window, q.shape[1])
   return _attend(q, k, v, segment_ids, sinks, window, float(scale), interpret)

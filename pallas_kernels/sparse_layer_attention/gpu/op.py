@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import checks
 from pallas_kernels.block_sparse_attention.gpu import forward as mosaic_gpu
 from pallas_kernels.block_sparse_attention.gpu import op as block_sparse
 from pallas_kernels.sliding_window_attention.gpu import op as sliding_window
@@ -84,11 +85,20 @@ def _hybrid_bwd(scale, window, saved, dout):
 _hybrid.defvjp(_hybrid_fwd, _hybrid_bwd)
 
 
-def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
+def sparse_layer_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
                             gate_local, *, sinks_sparse=None, sinks_local=None, block_size=64,
-                            window=128, segment_ids=None, scale=None, plan=None):
+                            window=128, query_offset=0, local_query_offset=0, segment_ids=None,
+    kv_segment_ids=None, local_kv_segment_ids=None, scale=None,
+    plan=None):
   """The op of `api.py`; `plan` and what is raised as in `block_sparse_attention`."""
-  op = "hybrid_sparse_attention"
+  if any(x is None for x in (k_shared, k_local, gate_sparse, gate_local)):
+    raise checks.NotCoveredError("sparse_layer_attention: got an absent branch or gate")
+  checks.queries_are_keys("sparse_layer_attention", query_offset, segment_ids, kv_segment_ids,
+                          (q.shape[1], k_shared.shape[1]))
+  checks.queries_are_keys("sparse_layer_attention", local_query_offset, segment_ids,
+                          local_kv_segment_ids,
+                          (q.shape[1], k_local.shape[1]))
+  op = "sparse_layer_attention"
   block_sparse.check_picks(op, block_indices, block_size)
   sliding_window.check_window(op, window)
   block_sparse.check_sizes(op, q, (k_shared, v_shared), (k_local, v_local))

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu
+from pallas_kernels import checks, tpu
 from pallas_kernels.block_sparse_attention.tpu import forward as mosaic_tpu_forward
 from pallas_kernels.block_sparse_attention.tpu import op as sparse
 from pallas_kernels.block_sparse_attention.tpu import schedule
@@ -22,7 +22,7 @@ from pallas_kernels.block_sparse_attention.tpu.op import Options
 from pallas_kernels.block_sparse_attention.tpu.schedule import EMPTY, LOG2E, MASKED, dot
 from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
 
-OP = "hybrid_sparse_attention"
+OP = "sparse_layer_attention"
 _ALIGN = 16                      # rows of a packed bfloat16 tile
 _FINISH_TOGETHER = 4             # tiles whose window branches are scheduled together
 
@@ -252,14 +252,23 @@ def _backward(window, scale, inputs, plan, options):
   return grads
 
 
-def hybrid_sparse_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
+def sparse_layer_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
                             gate_local, *, sinks_sparse=None, sinks_local=None, block_size=64,
-                            window=128, segment_ids=None, scale=None, plan=None, options=None):
+                            window=128, query_offset=0, local_query_offset=0, segment_ids=None,
+    kv_segment_ids=None, local_kv_segment_ids=None, scale=None,
+    plan=None, options=None):
   """The op of `api.py` on a TPU; `plan` as in `block_sparse_attention`.
 
   Raises:
     NotImplementedError: what `block_sparse_attention` and `sliding_window_attention` do not take.
   """
+  if any(x is None for x in (k_shared, k_local, gate_sparse, gate_local)):
+    raise checks.NotCoveredError("sparse_layer_attention: got an absent branch or gate")
+  checks.queries_are_keys("sparse_layer_attention", query_offset, segment_ids, kv_segment_ids,
+                          (q.shape[1], k_shared.shape[1]))
+  checks.queries_are_keys("sparse_layer_attention", local_query_offset, segment_ids,
+                          local_kv_segment_ids,
+                          (q.shape[1], k_local.shape[1]))
   sparse.check_support(OP, {"q": q, "k_shared": k_shared, "v_shared": v_shared,
                             "k_local": k_local, "v_local": v_local}, block_size)
   group, width = q.shape[2] // k_shared.shape[2], v_shared.shape[-1]
