@@ -113,6 +113,4 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
              scale=sizes["H"] ** -0.5 if scale is None else scale, plan=plan)
 
 
-def hybrid_sparse_attention(*args, **options):
-  """`sparse_layer_attention` by its former name, for one release."""
-  return sparse_layer_attention(*args, **options)
+hybrid_sparse_attention = sparse_layer_attention     # its former name, for one release

@@ -196,7 +196,8 @@ def check_picks(op, block_indices, block_size):
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
-                           segment_ids=None, kv_segment_ids=None, scale=None, plan=None, hot_threshold=None):
+                           segment_ids=None, kv_segment_ids=None, scale=None,
+                           plan=None, hot_threshold=None):
   """The op of `api.py` on an NVIDIA GPU of compute capability 9.0.
 
   `plan`: `make_plan(block_indices, N // K)`, so that the layers that share picks share its cost;

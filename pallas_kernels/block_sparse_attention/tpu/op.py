@@ -329,7 +329,8 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
-                           segment_ids=None, kv_segment_ids=None, scale=None, plan=None, options=None):
+                           segment_ids=None, kv_segment_ids=None, scale=None,
+                           plan=None, options=None):
   """The op of `api.py` on a TPU: v5e, v5p, v6e.
 
   `plan`: `make_plan(block_indices, N // K, block_size=...)`, so that the layers that share picks
