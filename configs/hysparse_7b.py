@@ -12,7 +12,14 @@ gates, 4.2M tokens per step, RoPE base 10,000 in the first stage.
 Hardware: a pod; 1T tokens need 5e22 FLOPs. Not run yet: no time or metric of our own.
 """
 
-from hysparse_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from hysparse_jax.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimConfig,
+  RopeConfig,
+  TrainConfig,
+)
 from hysparse_jax.errors import UserError
 
 
@@ -24,7 +31,7 @@ def get_config(arg=None):
     model=ModelConfig(
       attention="hysparse", vocab_size=151_680, num_layers=36, d_model=4096, num_heads=32,
       num_kv_heads=8, head_dim=128, d_ff=11_008, sparse_per_full=3, block_size=64,
-      selected_tokens=1024, window=128, rope_base=640_000.0 if long else 10_000.0,
+      selected_tokens=1024, window=128, rope=RopeConfig(base=640_000.0 if long else 10_000.0),
       dtype="bfloat16", remat="layer"),
     data=DataConfig(
       source="corpus", tokenizer="tokenizer.json", seq_len=32_768 if long else 8192,

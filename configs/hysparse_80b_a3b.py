@@ -18,6 +18,7 @@ from hysparse_jax.config import (
   ModelConfig,
   MoeConfig,
   OptimConfig,
+  RopeConfig,
   TrainConfig,
 )
 
@@ -27,8 +28,8 @@ def get_config():
     model=ModelConfig(
       attention="hysparse", vocab_size=151_680, num_layers=49, d_model=2048, num_heads=64,
       num_kv_heads=4, head_dim=128, moe=MoeConfig(num_experts=512, experts_per_token=8, d_ff=512),
-      sparse_per_full=11, block_size=64, selected_tokens=1024, window=128, rope_base=640_000.0,
-      dtype="bfloat16", remat="layer"),
+      sparse_per_full=11, block_size=64, selected_tokens=1024, window=128,
+      rope=RopeConfig(base=640_000.0), dtype="bfloat16", remat="layer"),
     data=DataConfig(
       source="corpus", tokenizer="tokenizer.json", seq_len=32_768, batch_size=128, workers=8),
     optim=OptimConfig(

@@ -50,7 +50,7 @@ def account(cfg: ModelConfig, tokens: int, kv_dtype: str = "bf16") -> Account:
 
 
 def twins(cfg: ModelConfig) -> dict[str, ModelConfig]:
-  """The same backbone with full attention everywhere, and with sliding windows in between."""
+  """The baselines: full attention in every layer, and windows in place of the sparse layers."""
   return {attention: dataclasses.replace(cfg, attention=attention, local_branch=True,
                                          local_shares_kv=False, block_choice="oracle")
           for attention in ("full", "swa")}
@@ -96,11 +96,9 @@ def param_groups(cfg: ModelConfig) -> dict[str, int]:
   """
   D, N, K, H, Hv, V = (cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.v_dim,
                        cfg.vocab_size)
-  L = cfg.num_layers
-  full = cfg.layer_kinds.count("full")
-  between = L - full
-  with_kv = full + (between if cfg.owns_local_kv else 0)
-  branches = between * (cfg.has_sparse_branch + cfg.has_local_branch)
+  L, kinds = cfg.num_layers, cfg.layer_kinds
+  with_kv = sum(map(cfg.owns_kv, kinds))
+  branches = sum((kind == "sparse") + cfg.has_local_branch(kind) for kind in kinds)
   gate = {"elementwise": D * N * Hv, "per_head": D * N, "none": 0}[cfg.gate]
   vectors = D + L * 2 * D + (L + with_kv) * H * cfg.qk_norm + branches * N * cfg.sinks
   groups = {
@@ -153,10 +151,14 @@ def _matmul_params(cfg) -> int:
 def _attention_flops(cfg, tokens) -> int:
   """Forward, one row: q k^T and p v, two FLOPs each per head, key and channel."""
   per_key = 2 * cfg.num_heads * (cfg.head_dim + cfg.v_dim)
-  full = cfg.layer_kinds.count("full")
-  between = (cfg.has_sparse_branch * _keys_seen(tokens, cfg.selected_tokens)
-             + cfg.has_local_branch * _keys_seen(tokens, cfg.window))
-  return per_key * (full * _keys_seen(tokens, tokens) + (cfg.num_layers - full) * between)
+  return per_key * sum(_keys_seen(tokens, limit) for limit in _key_limits(cfg, tokens))
+
+
+def _key_limits(cfg, tokens) -> list[int]:
+  """How many keys a query may see at most, of each layer's each branch."""
+  limits = {"full": [tokens], "window": [cfg.window],
+            "sparse": [cfg.selected_tokens] + [cfg.window] * cfg.has_local_branch("sparse")}
+  return [limit for kind in cfg.layer_kinds for limit in limits[kind]]
 
 
 def _keys_seen(tokens, limit) -> int:
@@ -169,17 +171,14 @@ def _kv_elements(cfg) -> tuple[int, int]:
   """Cache elements per token (full layers) and constant (rings of layers owning a local KV)."""
   per_layer = cfg.num_kv_heads * (cfg.head_dim + cfg.v_dim)
   full = cfg.layer_kinds.count("full")
-  rings = (cfg.num_layers - full) * cfg.owns_local_kv
+  rings = sum(map(cfg.owns_kv, cfg.layer_kinds)) - full
   return full * per_layer, rings * cfg.window * per_layer
 
 
 def _kv_reads(cfg, tokens) -> int:
   """Cache elements one decoded token reads: all in full layers, else selection and window."""
   per_layer = cfg.num_kv_heads * (cfg.head_dim + cfg.v_dim)
-  full = cfg.layer_kinds.count("full")
-  between = (cfg.has_sparse_branch * min(cfg.selected_tokens, tokens)
-             + cfg.has_local_branch * min(cfg.window, tokens))
-  return per_layer * (full * tokens + (cfg.num_layers - full) * between)
+  return per_layer * sum(min(limit, tokens) for limit in _key_limits(cfg, tokens))
 
 
 def _scaled(value) -> str:

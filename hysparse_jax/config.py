@@ -9,14 +9,17 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import pathlib
 import types
 import typing
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from hysparse_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
+
+RENAMED = {"rope_base": "rope.base"}   # fields of `ModelConfig`; configs of old runs still load
 
 
 def _require(ok: bool, message: str):
@@ -73,19 +76,80 @@ class MoeConfig(_Checked):
              f"moe.num_experts={self.num_experts}; choose at most that many")
 
 
-class LayerGroup(NamedTuple):
-  """`count` consecutive hybrid blocks, each one full layer followed by `num_sparse` others."""
+@dataclasses.dataclass(frozen=True)
+class RopeConfig(_Checked):
+  """Rotary position embedding (RoFormer): channel pair i turns by `position * base ** (-2i / R)`.
+
+  `ntk` and `yarn` stretch a model trained on rows of `original_tokens` to `factor` times as many.
+  """
+
+  base: float = 10_000.0
+  fraction: float = 1.0               # share of a head's channels that turn (R / H); 0: NoPE
+  scaling: Literal["none", "ntk", "yarn"] = "none"
+  factor: float = 1.0                 # s: tokens at inference / tokens in training
+  original_tokens: int = 8192         # yarn: tokens of a row in training
+  beta_fast: float = 32.0             # yarn: pairs with more turns per row are not stretched
+  beta_slow: float = 1.0              # yarn: pairs with fewer turns per row are stretched s times
+
+  def __post_init__(self):
+    self._check_choices()
+    self._check_unit_interval("fraction")
+    self._check_at_least(1, "factor", "original_tokens")
+    _require(self.base > 1, f"rope.base is {self.base}; it must exceed 1")
+    _require(self.beta_fast > self.beta_slow > 0,
+             f"rope.beta_fast={self.beta_fast} must exceed rope.beta_slow={self.beta_slow}, and "
+             "both must be positive")
+    _require(self.scaling != "none" or self.factor == 1,
+             f"rope.factor={self.factor} does nothing with rope.scaling='none'; use 'ntk' or "
+             "'yarn'")
+
+  def rotated_channels(self, head_dim: int) -> int:
+    """R, the leading channels of a head that turn."""
+    return round(self.fraction * head_dim)
+
+
+LAYER_KINDS = ("full", "sparse", "window")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRun:
+  """`count` consecutive layers of one kind, "sparse" or "window"."""
+
+  kind: str
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+  """`count` equal hybrid blocks in a row: each one full layer, then its runs of other layers.
+
+  Layers before the first full layer are a group of their own, without one.
+  """
 
   count: int
-  num_sparse: int
+  runs: tuple[LayerRun, ...]
+  has_full: bool = True
+
+  @property
+  def has_sparse(self) -> bool:
+    """Whether a layer of the hybrid block reads the full layer's selected blocks."""
+    return any(run.kind == "sparse" for run in self.runs)
+
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    """The layers of one hybrid block."""
+    return ("full",) * self.has_full + tuple(
+      run.kind for run in self.runs for _ in range(run.count))
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(_Checked):
-  """The backbone, the attention pattern and the paper's ablations.
+  """The backbone, the layer pattern and the paper's ablations.
 
-  Layer `i` is full attention iff `i % (sparse_per_full + 1) == 0 or i == num_layers - 1`
-  (HySparse section 3.1); the others are sparse (`hysparse`) or sliding-window (`swa`) layers.
+  By default layer `i` is full attention iff `i % (sparse_per_full + 1) == 0 or i == num_layers - 1`
+  (HySparse section 3.1), and the others are sparse. `pattern` names any other layout, such as
+  "window window full sparse sparse full". Of either, `attention` keeps everything ("hysparse"),
+  makes the sparse layers sliding-window layers ("swa"), or makes all layers full ("full").
   """
 
   attention: Literal["hysparse", "full", "swa"] = "hysparse"
@@ -98,7 +162,8 @@ class ModelConfig(_Checked):
   value_head_dim: int | None = None   # H of values; None: head_dim
   d_ff: int = 384                     # F of the dense SwiGLU; unused when moe is set
   moe: MoeConfig | None = None        # set: every layer's FFN is a mixture of experts
-  sparse_per_full: int = 3            # M
+  sparse_per_full: int = 3            # M; unused when pattern is set
+  pattern: str | None = None          # one of full, sparse, window per layer; None: the rule above
   block_size: int = 64                # keys in a selectable block
   selected_tokens: int = 1024         # keys selected per token; a multiple of block_size
   window: int = 128                   # tokens the local branch sees, self included
@@ -107,13 +172,16 @@ class ModelConfig(_Checked):
   gate: Literal["elementwise", "per_head", "none"] = "elementwise"
   sinks: bool = True                  # per-head sink logits in sparse and sliding-window layers
   qk_norm: bool = False
-  rope_base: float = 10_000.0
+  rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+  # A sparse layer's queries meet the full layer's keys, so those two kinds share `rope`.
+  rope_window: RopeConfig | None = dataclasses.field(   # None: rope
+    default=None, metadata={"starts_from": RopeConfig})
   norm_eps: float = 1e-6
   tied_embeddings: bool = False
   dtype: Literal["bfloat16", "float32"] = "bfloat16"   # compute; weights are kept in float32
   remat: Literal["none", "layer", "block"] = "none"    # what the backward pass recomputes
   block_choice: Literal["oracle", "random", "previous"] = "oracle"  # ablations, see block_choice.py
-  implementation: str | None = None   # of attention in training; None picks by platform
+  implementation: str | None = None   # of every attention op; None picks by platform
 
   def __post_init__(self):
     self._check_choices()
@@ -125,12 +193,17 @@ class ModelConfig(_Checked):
              f"model.num_heads={self.num_heads} is not a multiple of "
              f"model.num_kv_heads={self.num_kv_heads}; every KV head serves the same number of "
              "query heads")
-    _require(self.head_dim % 2 == 0,
-             f"model.head_dim={self.head_dim} is odd; rotary embedding turns pairs of channels")
+    for name, rope in (("rope", self.rope), ("rope_window", self.rope_window)):
+      rotated = 0 if rope is None else rope.rotated_channels(self.head_dim)
+      _require(rotated % 2 == 0,
+               f"model.{name}.fraction={rope and rope.fraction} of model.head_dim={self.head_dim} "
+               f"is {rotated} channels, which is odd; rotary embedding turns pairs of channels")
+      _require(rope is None or rope.scaling == "none" or rotated > 2,
+               f"model.{name}.scaling={rope and rope.scaling!r} stretches {rotated} channels; "
+               "it needs at least 4")
     _require(self.selected_tokens % self.block_size == 0,
              f"model.selected_tokens={self.selected_tokens} is not a multiple of "
              f"model.block_size={self.block_size}; whole blocks are selected")
-    _require(self.rope_base > 0, f"model.rope_base is {self.rope_base}; it must be positive")
     _require(self.norm_eps > 0, f"model.norm_eps is {self.norm_eps}; it must be positive")
     _require(self.local_branch or self.attention != "swa",
              "model.local_branch=False leaves attention='swa' with no attention at all; "
@@ -139,6 +212,23 @@ class ModelConfig(_Checked):
              f"model.block_choice={self.block_choice!r} needs attention='hysparse'")
     _require(not self.local_shares_kv or (self.attention == "hysparse" and self.local_branch),
              "model.local_shares_kv=True needs attention='hysparse' and local_branch=True")
+    self._check_pattern()
+
+  def _check_pattern(self):
+    if self.pattern is None:
+      return
+    words = self.pattern.split()
+    for word in words:
+      _require(word in LAYER_KINDS,
+               f"model.pattern names a layer {word!r}; allowed: {', '.join(LAYER_KINDS)}, "
+               "separated by spaces")
+    _require(len(words) == self.num_layers,
+             f"model.pattern names {len(words)} layers and model.num_layers is {self.num_layers}; "
+             "make them equal")
+    first_sparse = words.index("sparse") if "sparse" in words else len(words)
+    _require(first_sparse == len(words) or "full" in words[:first_sparse],
+             f"model.pattern: layer {first_sparse} is sparse and no full layer comes before it, "
+             "whose KV it would read; put a full layer in front")
 
   @property
   def group_size(self) -> int:
@@ -155,42 +245,51 @@ class ModelConfig(_Checked):
     """P, key blocks selected per token and KV head."""
     return self.selected_tokens // self.block_size
 
-  @property
-  def has_sparse_branch(self) -> bool:
-    return self.attention == "hysparse"
+  def has_local_branch(self, kind: str) -> bool:
+    """Whether layers of that kind attend to a sliding window."""
+    return kind == "window" or (kind == "sparse" and self.local_branch)
 
-  @property
-  def has_local_branch(self) -> bool:
-    return self.attention == "swa" or self.local_branch
+  def owns_kv(self, kind: str) -> bool:
+    """Whether layers of that kind project keys and values of their own."""
+    return kind == "full" or (self.has_local_branch(kind)
+                              and not (kind == "sparse" and self.local_shares_kv))
 
-  @property
-  def owns_local_kv(self) -> bool:
-    """Do the layers between full layers project a KV of their own?"""
-    return self.has_local_branch and not self.local_shares_kv
+  def rope_of(self, kind: str) -> RopeConfig:
+    """The rotary embedding of that kind's queries and own keys."""
+    return self.rope_window if kind == "window" and self.rope_window else self.rope
 
   @property
   def layer_kinds(self) -> tuple[str, ...]:
-    """`"full"` or the kind in between, for each of the `num_layers` layers."""
-    period = 1 if self.attention == "full" else self.sparse_per_full + 1
-    between = "sparse" if self.attention == "hysparse" else "window"
-    return tuple("full" if i % period == 0 or i == self.num_layers - 1 else between
-                 for i in range(self.num_layers))
+    """"full", "sparse" or "window" for each of the `num_layers` layers."""
+    if self.pattern is not None:
+      kinds = self.pattern.split()
+    else:
+      period, last = self.sparse_per_full + 1, self.num_layers - 1
+      kinds = ["full" if i % period == 0 or i == last else "sparse"
+               for i in range(self.num_layers)]
+    if self.attention == "full":
+      return ("full",) * self.num_layers
+    if self.attention == "swa":
+      return tuple("window" if kind == "sparse" else kind for kind in kinds)
+    return tuple(kinds)
 
   @property
   def layer_groups(self) -> tuple[LayerGroup, ...]:
     """`layer_kinds` run-length coded: what the stack scans over."""
-    sizes = []
+    hybrid_blocks = []
     for kind in self.layer_kinds:
-      if kind == "full":
-        sizes.append(0)
-      else:
-        sizes[-1] += 1
+      if kind == "full" or not hybrid_blocks:
+        hybrid_blocks.append([])
+      hybrid_blocks[-1].append(kind)
     groups = []
-    for size in sizes:
-      if groups and groups[-1].num_sparse == size:
-        groups[-1] = LayerGroup(groups[-1].count + 1, size)
+    for kinds in hybrid_blocks:
+      has_full = kinds[0] == "full"
+      runs = tuple(LayerRun(kind, len(list(layers)))
+                   for kind, layers in itertools.groupby(kinds[has_full:]))
+      if groups and (groups[-1].runs, groups[-1].has_full) == (runs, has_full):
+        groups[-1] = dataclasses.replace(groups[-1], count=groups[-1].count + 1)
       else:
-        groups.append(LayerGroup(1, size))
+        groups.append(LayerGroup(1, runs, has_full))
     return tuple(groups)
 
 
@@ -345,7 +444,9 @@ def load(path: str) -> Config:
   try:
     cfg = module.get_config(arg) if arg else module.get_config()
   except TypeError as error:
-    raise UserError(f"{filename}: {error}") from error
+    moved = "".join(f"; model.{old} is now model.{new}" for old, new in RENAMED.items()
+                    if f"'{old}'" in str(error))
+    raise UserError(f"{filename}: {error}{moved}") from error
   _require(isinstance(cfg, Config), f"{filename}: get_config returned {type(cfg).__name__}, "
                                     "not hysparse_jax.config.Config")
   return cfg
@@ -372,24 +473,34 @@ def _override(section, edits):
   changes, inner = {}, {}
   for path, (name, *rest), text in edits:
     if name not in kinds:
+      _require(name not in RENAMED or not isinstance(section, ModelConfig),
+               f"{path} is now {path.removesuffix(name)}{RENAMED.get(name)}")
       near = difflib.get_close_matches(name, kinds, n=1)
       hint = f"; did you mean {near[0]!r}?" if near else ""
       raise UserError(f"{path}: {type(section).__name__} has no field {name!r}{hint} "
                       f"(fields: {', '.join(kinds)})")
-    current = getattr(section, name)
+    current = _section(section, name)
     if rest:
       _require(current is not None, f"{path}: {name} is not set in this config; start from one "
                                     "that sets it (for moe: configs/tiny_moe.py)")
       _require(dataclasses.is_dataclass(current), f"{path}: {name} is a value, it has no fields")
       inner.setdefault(name, []).append((path, rest, text))
     else:
+      current = getattr(section, name)
       _require(not dataclasses.is_dataclass(current) or text == "None",
                f"{path}: {name} is a section; set one of its fields, such as "
                f"{path}.{next(iter(typing.get_type_hints(type(current))), '')}")
       changes[name] = _parse(text, kinds[name], path)
   for name, its_edits in inner.items():
-    changes[name] = _override(getattr(section, name), its_edits)
+    changes[name] = _override(_section(section, name), its_edits)
   return dataclasses.replace(section, **changes)
+
+
+def _section(section, name):
+  """The value of a field; where it is None, the section that setting one of its fields starts."""
+  value = getattr(section, name)
+  start = section.__dataclass_fields__[name].metadata.get("starts_from")
+  return start() if value is None and start else value
 
 
 def _parse(text, kind, path):
@@ -426,8 +537,13 @@ def to_dict(cfg) -> dict:
 
 
 def from_dict(values: dict) -> Config:
-  """The inverse of `to_dict`; rejects unknown fields."""
-  return _from_dict(Config, values, "config")
+  """The inverse of `to_dict`; takes what older versions wrote, rejects unknown fields."""
+  model = dict(values.get("model") or {})
+  for old, new in RENAMED.items():
+    section, field = new.split(".")
+    if old in model:
+      model[section] = {**model.get(section, {}), field: model.pop(old)}
+  return _from_dict(Config, {**values, "model": model}, "config")
 
 
 def _from_dict(cls, values, path):

@@ -1,8 +1,9 @@
-"""One mesh, one table from logical names to mesh axes, one resolver for everything that is sharded.
+"""One mesh, one table from logical axes to mesh axes, one from arguments of ops to logical axes.
 
 Parameters carry logical names (`layers.weight`), activations name theirs where they are
-constrained, and optimizer moments mirror the parameters. A mesh axis of size 1 changes nothing, so
-one device and a pod run the same program.
+constrained, optimizer moments mirror the parameters, and the arguments of an attention op go by
+their own names. A mesh axis of size 1 changes nothing, so one device and a pod run the same
+program.
 """
 
 import math
@@ -26,7 +27,42 @@ RULES = {
   "expert": "expert",
   "batch": BATCH_AXES,      # outside the experts, the expert axis is one more batch axis
   "seq": "context",
-  "shard": (*BATCH_AXES, "tensor"),   # a leading axis that counts the shards of a batch of heads
+}
+
+TOKENS = ("batch", "seq")
+STREAM = ("batch", "seq", None)
+HEADS = ("batch", "seq", "heads", None)
+KV = ("batch", "seq", "kv_heads", None)
+SELECTED = ("batch", "kv_heads", "seq", None)
+
+# Logical axes of the arguments and results of attention ops, the same whichever op has them. They
+# are the last axes of an array: axes stacked in front, such as a cache's layers, are not split. Of
+# a plan they are the leading axes of every leaf.
+OPERANDS = {
+  "q": HEADS,
+  "k": KV,
+  "v": KV,
+  "k_local": KV,
+  "v_local": KV,
+  "k_ring": KV,
+  "v_ring": KV,
+  "k_new": KV,
+  "v_new": KV,
+  "block_indices": SELECTED,
+  "plan": ("batch", "kv_heads"),
+  "gate_sparse": HEADS,
+  "gate_local": HEADS,
+  "sinks": ("heads",),
+  "sinks_sparse": ("heads",),
+  "sinks_local": ("heads",),
+  "segment_ids": TOKENS,
+  "kv_segment_ids": TOKENS,
+  "local_kv_segment_ids": TOKENS,
+  "query_positions": TOKENS,
+  "query_offset": ("batch",),
+  "local_query_offset": ("batch",),
+  "layer": (),
+  "out": HEADS,
 }
 
 
@@ -78,8 +114,15 @@ def check_divisible(cfg: Config, mesh: Mesh):
 
 
 def spec(names) -> PartitionSpec:
-  """`("batch", "seq", None)` -> the PartitionSpec of those logical axes."""
-  return PartitionSpec(*(RULES.get(name) if name is not None else None for name in names))
+  """`("batch", "seq", None)` -> the PartitionSpec of those logical axes.
+
+  Raises:
+    ValueError: a name that is not in RULES.
+  """
+  for name in names:
+    if name is not None and name not in RULES:
+      raise ValueError(f"{name!r} is not a logical axis; use one of {', '.join(RULES)}, or None")
+  return PartitionSpec(*(None if name is None else RULES[name] for name in names))
 
 
 def shardings(tree, mesh: Mesh):
@@ -114,17 +157,30 @@ def constrain(x, *names):
   return jax.lax.with_sharding_constraint(x, spec(names))
 
 
-def per_device(op, in_names, out_names):
-  """`op` on each device's own shard: how kernels, which XLA cannot split, meet the mesh.
+def sharded(op, *, returns="out", **operands):
+  """`op(**operands)` on each device's own shard: kernels are calls that XLA cannot split.
 
   Args:
-    op: a function of arrays (None is allowed for an absent one).
-    in_names: per argument, its logical axes.
-    out_names: logical axes of the result, or a tuple of them for several results.
+    op: a function of keyword arguments; fix its static options with `functools.partial`.
+    returns: the name of its result in OPERANDS, or a tuple of names for several results.
+    **operands: arrays, pytrees of arrays or None, under their names in OPERANDS.
+
+  Raises:
+    ValueError: a name that is not in OPERANDS.
   """
+  in_specs = {name: _operand_spec(name, value) for name, value in operands.items()}
+  several = isinstance(returns, tuple)
+  out_specs = tuple(map(_operand_spec, returns)) if several else _operand_spec(returns)
   if jax.sharding.get_abstract_mesh().empty:
-    return op
-  several = isinstance(out_names[0], tuple)
-  out_specs = tuple(map(spec, out_names)) if several else spec(out_names)
-  return jax.shard_map(op, in_specs=tuple(map(spec, in_names)), out_specs=out_specs,
-                       check_vma=False)
+    return op(**operands)
+  return jax.shard_map(lambda operands: op(**operands), in_specs=(in_specs,), out_specs=out_specs,
+                       check_vma=False)(operands)
+
+
+def _operand_spec(name, value=None) -> PartitionSpec:
+  if name not in OPERANDS:
+    raise ValueError(f"{name!r} is not an operand of an attention op; add its logical axes to "
+                     "sharding.OPERANDS")
+  axes = OPERANDS[name]
+  stack = max(0, value.ndim - len(axes)) if hasattr(value, "ndim") else 0
+  return spec((None,) * stack + axes)

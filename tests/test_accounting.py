@@ -30,13 +30,15 @@ VARIANTS = {
   "per_head": dict(gate="per_head"),
   "ungated": dict(gate="none", sinks=False),
   "tied": dict(tied_embeddings=True, qk_norm=True),
+  "mixed": dict(pattern="window full sparse full window sparse", qk_norm=True),
+  "mixed_shared": dict(pattern="full window sparse sparse full sparse", local_shares_kv=True),
   "moe": dict(moe=MoeConfig(6, 2, 10)),
   "moe_bias": dict(moe=MoeConfig(6, 2, 10, bias_update_rate=0.1), attention="swa"),
 }
 GROUP_OF = {
   "embedding": "embedding", "head": "head", "wq": "queries_and_output", "wo": "queries_and_output",
-  "wk": "keys_and_values", "wv": "keys_and_values", "w_gate_sparse": "gates",
-  "w_gate_local": "gates", "router": "router", "w_gate": "ffn", "w_up": "ffn", "w_out": "ffn",
+  "wk": "keys_and_values", "wv": "keys_and_values", "gate": "gates", "router": "router",
+  "w_gate": "ffn", "w_up": "ffn", "w_out": "ffn",
 }
 
 

@@ -11,8 +11,9 @@ from flax import nnx
 from hysparse_jax.config import ModelConfig
 from hysparse_jax.errors import UserError
 from hysparse_jax.model import block_choice
-from hysparse_jax.model.hybrid import FullLayer, Rows
-from hysparse_jax.model.transformer import positions_within
+from hysparse_jax.model.decoder_layer import TokenContext
+from hysparse_jax.model.hybrid import FullLayer
+from hysparse_jax.model.layers import positions_within
 
 CFG = ModelConfig(num_layers=3, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=16,
                   sparse_per_full=1, block_size=4, selected_tokens=12, window=8, dtype="float32")
@@ -20,11 +21,7 @@ SEGMENTS = np.repeat([[1, 2, 0], [1, 1, 0]], [18, 25, 5], axis=1)
 T = SEGMENTS.shape[1]
 
 
-def test_starts_of_documents():
-  starts = block_choice.document_starts(jnp.asarray(SEGMENTS), SEGMENTS.shape)
-  np.testing.assert_array_equal(starts[0], [0] * 18 + [18] * 25 + [T] * 5)
-  np.testing.assert_array_equal(starts[1], [0] * 43 + [T] * 5)
-  assert not block_choice.document_starts(None, (2, 5)).any()
+STARTS = np.array([[0] * 18 + [18] * 25 + [T] * 5, [0] * 43 + [T] * 5])
 
 
 def test_random_blocks_are_distinct_causal_and_uniform():
@@ -48,8 +45,7 @@ def test_random_blocks_are_distinct_causal_and_uniform():
 
 def test_random_blocks_stay_in_their_document():
   index = jnp.broadcast_to(jnp.arange(T), SEGMENTS.shape)
-  starts = block_choice.document_starts(jnp.asarray(SEGMENTS), SEGMENTS.shape)
-  picked = np.asarray(block_choice.random_blocks(index, starts, 2, 3, 4, T // 4))
+  picked = np.asarray(block_choice.random_blocks(index, jnp.asarray(STARTS), 2, 3, 4, T // 4))
   assert (picked[:, :, 43:] == -1).all()
   inside = picked[0, :, 18:43]
   assert (inside[inside >= 0] >= 18 // 4).all()
@@ -58,10 +54,10 @@ def test_random_blocks_stay_in_their_document():
 
 def test_previous_blocks():
   picked = jnp.arange(2 * 1 * 6 * 2).reshape(2, 1, 6, 2)
-  opens = jnp.array([[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]], bool)
-  found = block_choice.previous_blocks(picked, opens, before=-jnp.ones((2, 1, 2), jnp.int32))
+  opens = jnp.array([[1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 1, 0]], bool)
+  found = block_choice.previous_blocks(picked, opens)
   np.testing.assert_array_equal(found[0, 0, :, 0], [0, 0, 2, 6, 6, 8])
-  np.testing.assert_array_equal(found[1, 0, :, 0], [-1, 12, 14, 16, 20, 20])
+  np.testing.assert_array_equal(found[1, 0, :, 0], [12, 12, 14, 16, 20, 20])
 
 
 @pytest.mark.parametrize("choice", ["oracle", "random", "previous"])
@@ -70,10 +66,11 @@ def test_the_full_layer_hands_on_what_was_chosen(choice):
   layer = FullLayer(cfg, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(1), (2, T, 16))
   segments = jnp.asarray(SEGMENTS)
-  rows = Rows(positions_within(segments, SEGMENTS.shape), segments)
-  out, _, picked, _, _ = layer(x, rows, 3, None, 0)
+  context = TokenContext(positions_within(segments, SEGMENTS.shape), segments)
+  out, shared, _, _ = layer(x, context, 3)
   oracle = FullLayer(CFG, rngs=nnx.Rngs(0))
-  expected_out, _, best, _, _ = oracle(x, rows, 3, None, 0)
+  expected_out, expected, _, _ = oracle(x, context, 3)
+  picked, best = shared.block_indices, expected.block_indices
   np.testing.assert_array_equal(out, expected_out)   # the layer's own output does not change
   if choice == "oracle":
     np.testing.assert_array_equal(picked, best)
@@ -82,9 +79,8 @@ def test_the_full_layer_hands_on_what_was_chosen(choice):
     np.testing.assert_array_equal(picked[0, :, [0, 18]], best[0, :, [0, 18]])
   else:
     index = jnp.broadcast_to(jnp.arange(T), SEGMENTS.shape)
-    starts = block_choice.document_starts(segments, SEGMENTS.shape)
     np.testing.assert_array_equal(
-      picked, block_choice.random_blocks(index, starts, 2, 3, 4, T // 4))
+      picked, block_choice.random_blocks(index, jnp.asarray(STARTS), 2, 3, 4, T // 4))
     assert (picked != best).any()
 
 

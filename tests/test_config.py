@@ -6,7 +6,15 @@ import json
 import pytest
 
 from hysparse_jax import config
-from hysparse_jax.config import Config, LayerGroup, MeshConfig, ModelConfig, MoeConfig
+from hysparse_jax.config import (
+  Config,
+  LayerGroup,
+  LayerRun,
+  MeshConfig,
+  ModelConfig,
+  MoeConfig,
+  RopeConfig,
+)
 from hysparse_jax.errors import UserError
 
 MOE = Config(model=ModelConfig(moe=MoeConfig(8, 2, 16)))
@@ -15,7 +23,7 @@ MOE = Config(model=ModelConfig(moe=MoeConfig(8, 2, 16)))
 @pytest.mark.parametrize("assignment,section,field,value", [
   ("model.window=64", "model", "window", 64),
   (" model.window = 64 ", "model", "window", 64),
-  ("model.rope_base=640000", "model", "rope_base", 640_000),
+  ("model.norm_eps=1", "model", "norm_eps", 1),
   ("optim.lr=3e-4", "optim", "lr", 3e-4),
   ("model.local_branch=False", "model", "local_branch", False),
   ("model.value_head_dim=16", "model", "value_head_dim", 16),
@@ -40,6 +48,16 @@ def test_override_sets_one_field(assignment, section, field, value):
 def test_override_reaches_nested_sections_and_leaves_the_original():
   changed = config.override(MOE, "model.moe.experts_per_token=3")
   assert (changed.model.moe.experts_per_token, MOE.model.moe.experts_per_token) == (3, 2)
+  assert config.override(MOE, "model.rope.base=640000").model.rope == RopeConfig(base=640_000)
+
+
+def test_an_override_starts_the_window_layers_rope():
+  changed = config.override(MOE, "model.rope_window.fraction=0.5", "model.rope.fraction=0").model
+  assert changed.rope_window == RopeConfig(fraction=0.5)
+  assert (changed.rope_of("full"), changed.rope_of("sparse")) == (RopeConfig(fraction=0),) * 2
+  assert changed.rope_of("window").fraction == 0.5
+  assert config.override(config.override(MOE, "model.rope_window.fraction=0.5"),
+                         "model.rope_window=None") == MOE
 
 
 BAD_OVERRIDES = {
@@ -58,9 +76,18 @@ BAD_OVERRIDES = {
   "empty": ("=3", "has no field ''"),
   "window_0": ("model.window=0", "ModelConfig.window is 0; it must be at least 1"),
   "heads": ("model.num_kv_heads=3", "num_heads=4 is not a multiple of model.num_kv_heads=3"),
-  "odd_head": ("model.head_dim=31", "head_dim=31 is odd"),
+  "odd_head": ("model.head_dim=31", "head_dim=31 is 31 channels, which is odd"),
   "selection": ("model.selected_tokens=100", "selected_tokens=100 is not a multiple of"),
   "local_kv": ("model.attention=full", "local_shares_kv=True needs attention='hysparse'"),
+  "moved": ("model.rope_base=5", "model.rope_base is now model.rope.base"),
+  "rope_base": ("model.rope.base=0", "rope.base is 0; it must exceed 1"),
+  "rope_fraction": ("model.rope.fraction=0.16", "is 5 channels, which is odd"),
+  "rope_factor": ("model.rope.factor=2", "rope.factor=2 does nothing with rope.scaling='none'"),
+  "rope_betas": ("model.rope.beta_slow=40", "must exceed rope.beta_slow=40"),
+  "pattern_word": ("model.pattern=full spares", "names a layer 'spares'; allowed: full, sparse"),
+  "pattern_length": ("model.pattern=full sparse", "names 2 layers and model.num_layers is 8"),
+  "pattern_sparse": ("model.pattern=" + "window sparse full " * 2 + "full full",
+                     "layer 1 is sparse and no full layer comes before it"),
   "k_over_e": ("model.moe.experts_per_token=9", "experts_per_token=9 exceeds"),
   "heldout": ("data.heldout_fraction=1", "heldout_fraction is 1; it must be between 0 and 1"),
   "beta": ("optim.b2=1.5", "b2 is 1.5; it must be between 0 and 1"),
@@ -96,14 +123,38 @@ def test_layer_pattern_80b():
   cfg = ModelConfig(num_layers=49, sparse_per_full=11)
   full = [i for i, kind in enumerate(cfg.layer_kinds) if kind == "full"]
   assert full == [0, 12, 24, 36, 48]
-  assert cfg.layer_groups == (LayerGroup(4, 11), LayerGroup(1, 0))
+  assert cfg.layer_groups == (LayerGroup(4, (LayerRun("sparse", 11),)), LayerGroup(1, ()))
 
 
 def test_layer_pattern_7b():
   cfg = ModelConfig(num_layers=36, sparse_per_full=3)
   full = [i for i, kind in enumerate(cfg.layer_kinds) if kind == "full"]
   assert full == [*range(0, 33, 4), 35]
-  assert cfg.layer_groups == (LayerGroup(8, 3), LayerGroup(1, 2), LayerGroup(1, 0))
+  assert cfg.layer_groups == (LayerGroup(8, (LayerRun("sparse", 3),)),
+                              LayerGroup(1, (LayerRun("sparse", 2),)), LayerGroup(1, ()))
+
+
+def test_layer_pattern_of_hysparse2():
+  """Twelve windows, full, twelve windows, then four blocks of one full and five sparse layers."""
+  cross = " ".join(["full" + 5 * " sparse"] * 4)
+  cfg = config.override(Config(), "model.num_layers=49", "model.pattern=" + (
+    12 * "window " + "full " + 12 * "window " + cross), "model.rope.fraction=0",
+    "model.rope_window.fraction=0.25").model
+  assert cfg.layer_groups == (
+    LayerGroup(1, (LayerRun("window", 12),), has_full=False),
+    LayerGroup(1, (LayerRun("window", 12),)), LayerGroup(4, (LayerRun("sparse", 5),)))
+  assert dataclasses.replace(cfg, attention="swa").layer_kinds.count("window") == 44
+  assert dataclasses.replace(cfg, attention="full").layer_groups == (LayerGroup(49, ()),)
+
+
+@pytest.mark.parametrize("attention,kinds", [
+  ("hysparse", "window full sparse window sparse full full sparse"),
+  ("swa", "window full window window window full full window"), ("full", "full " * 8)])
+def test_attention_keeps_what_it_says_of_a_pattern(attention, kinds):
+  cfg = ModelConfig(pattern="window full sparse window sparse full full sparse",
+                    attention=attention)
+  assert cfg.layer_kinds == tuple(kinds.split())
+  assert sum((group.kinds * group.count for group in cfg.layer_groups), ()) == cfg.layer_kinds
 
 
 @pytest.mark.parametrize("attention,between", [("hysparse", "sparse"), ("swa", "window"),
@@ -112,22 +163,22 @@ def test_layer_pattern_7b():
 @pytest.mark.parametrize("M", [0, 1, 3, 20])
 def test_groups_spell_the_layers(L, M, attention, between):
   cfg = ModelConfig(attention=attention, num_layers=L, sparse_per_full=M)
-  kinds = [kind for count, size in cfg.layer_groups
-           for kind in ("full", *[between] * size) * count]
+  kinds = [kind for group in cfg.layer_groups for kind in group.kinds * group.count]
   assert tuple(kinds) == cfg.layer_kinds
   assert kinds == ["full" if attention == "full" or i % (M + 1) == 0 or i == L - 1 else between
                    for i in range(L)]
 
 
-@pytest.mark.parametrize("fields,sparse,local,owns", [
-  ({}, True, True, True),
-  (dict(local_branch=False), True, False, False),
-  (dict(local_shares_kv=True), True, True, False),
-  (dict(attention="swa"), False, True, True),
+@pytest.mark.parametrize("fields,local,owns", [
+  ({}, True, True),
+  (dict(local_branch=False), False, False),
+  (dict(local_shares_kv=True), True, False),
 ])
-def test_branches(fields, sparse, local, owns):
+def test_branches_of_each_kind(fields, local, owns):
   cfg = ModelConfig(**fields)
-  assert (cfg.has_sparse_branch, cfg.has_local_branch, cfg.owns_local_kv) == (sparse, local, owns)
+  assert (cfg.has_local_branch("sparse"), cfg.owns_kv("sparse")) == (local, owns)
+  assert cfg.has_local_branch("window") and cfg.owns_kv("window")
+  assert cfg.owns_kv("full") and not cfg.has_local_branch("full")
 
 
 def test_derived_sizes():
@@ -150,8 +201,17 @@ def test_from_dict_names_unknown_fields_and_rechecks():
     config.from_dict({"model": {"window": 0}})
 
 
+def test_the_config_of_an_older_run_still_loads():
+  values = config.to_dict(MOE)
+  for name in ("pattern", "rope", "rope_window"):
+    del values["model"][name]
+  values["model"]["rope_base"] = 640_000.0
+  assert config.from_dict(values) == config.override(MOE, "model.rope.base=640000.0")
+  assert "rope_base" in values["model"]           # the caller's dict is left as it was
+
+
 def test_text_holds_every_field_and_overrides_rebuild_it():
-  target = config.override(config.override(MOE, "model.rope_base=640000.0"), "data.source=a b")
+  target = config.override(config.override(MOE, "model.rope.base=640000.0"), "data.source=a b")
   rebuilt = MOE
   for line in config.to_text(target).splitlines():
     name, _, value = line.partition(" = ")
@@ -165,6 +225,8 @@ BAD_FILES = {
   "syntax": ("def get_config(:\n", "invalid syntax"),
   "empty": ("x = 1\n", "defines no get_config"),
   "wrong_type": ("def get_config(arg=None):\n  return 3\n", "get_config returned int"),
+  "moved": ("from hysparse_jax.config import ModelConfig\ndef get_config(arg=None):\n"
+            "  return ModelConfig(rope_base=3)\n", "model.rope_base is now model.rope.base"),
   "no_argument": ("def get_config():\n  return 3\n", "takes 0 positional arguments"),
 }
 

@@ -134,18 +134,20 @@ def test_unrolled_trace_is_the_model(model, batch):
 def test_coverage_is_the_definition(model, batch):
   """Every layer's own query against the full layer's keys, layer inputs taken from the layers."""
   _, layers = oracle_eval.trace(model, batch.tokens, batch.segment_ids)
-  rows = oracle_eval.Rows(jnp.asarray(batch.positions), jnp.asarray(batch.segment_ids))
+  segments = jnp.asarray(batch.segment_ids)
+  context = oracle_eval.TokenContext(jnp.asarray(batch.positions), segments, segments > 0)
   x = model.embed(batch.tokens)
   block = oracle_eval.unstacked(model.stack.groups[0], 0)
   inputs = [(block.full, x)]
-  x, shared, picked, _, _ = oracle_eval._full(block.full, x, rows, CFG.num_blocks)
+  x, shared, _, _ = oracle_eval._full(block.full, x, context, CFG.num_blocks)
+  picked = shared.block_indices
   for index in range(2):
-    layer = oracle_eval.unstacked(block.sparse, index)
+    layer = oracle_eval.unstacked(block.runs[0], index)
     inputs.append((layer, x))
-    x, _, _ = oracle_eval._sparse(layer, x, shared, picked, rows)
+    x, _, _ = oracle_eval._sparse(layer, x, shared, context)
   real = batch.segment_ids > 0
   for traced, (layer, x) in zip(layers, inputs):
-    q = layer.project(x, rows)[1]
+    q = layer.project(x, context)[1]
     expected = _naive_coverage(q, shared.k, np.asarray(picked), 4, batch.segment_ids)
     assert_close(traced.coverage[real], expected[real], "coverage_f32")
     assert np.isnan(traced.coverage[~real]).all()

@@ -14,7 +14,9 @@ from hysparse_jax.data.batches import Batch
 from hysparse_jax.errors import UserError
 from hysparse_jax.model import transformer as model
 from hysparse_jax.model.cache import init_cache
-from hysparse_jax.model.hybrid import FullLayer, Rows, SparseLayer
+from hysparse_jax.model.decoder_layer import TokenContext
+from hysparse_jax.model.hybrid import FullLayer, SparseLayer, by_layer
+from hysparse_jax.model.layers import positions_within
 from hysparse_jax.model.transformer import Transformer
 from tests.tolerances import TOLERANCES, assert_close
 
@@ -23,6 +25,7 @@ SMALL = config.ModelConfig(
   num_layers=4, sparse_per_full=2, d_model=48, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=64,
   vocab_size=64, block_size=16, selected_tokens=32, window=24, qk_norm=True, dtype="float32")
 MOE = config.MoeConfig(num_experts=4, experts_per_token=2, d_ff=32)
+NOPE, PARTIAL = config.RopeConfig(fraction=0.0), config.RopeConfig(base=500.0, fraction=0.25)
 
 
 def variant(**fields):
@@ -61,12 +64,17 @@ def random_batch(shape=(4, 64), seed=2, cut=21):
   segments = jnp.where(index < cut, 1, jnp.where(index < end, 2, 0))
   weights = ((segments > 0) & (index != cut - 1) & (index != end - 1)).astype(jnp.float32)
   return Batch(tokens[:, :-1], tokens[:, 1:], segments,
-               model.positions_within(segments, shape), weights)
+               positions_within(segments, shape), weights)
 
 
 @pytest.mark.parametrize("fields", [
   dict(), dict(attention="full"), dict(attention="swa"), dict(local_shares_kv=True),
-  dict(moe=MOE), dict(block_choice="random"), dict(block_choice="previous")], ids=str)
+  dict(moe=MOE), dict(block_choice="random"), dict(gate="none", sinks=False),
+  dict(local_branch=False), dict(pattern="full sparse full window sparse", num_layers=5),
+  dict(pattern="window window full sparse full sparse", num_layers=6),
+  dict(pattern="window window", num_layers=2),
+  dict(pattern="full window sparse sparse", local_shares_kv=True),
+  dict(pattern="full sparse window full", rope=NOPE, rope_window=PARTIAL)], ids=str)
 def test_decoding_equals_one_pass(fields):
   net = make(variant(**fields))
   tokens = random_tokens((2, 70))
@@ -101,10 +109,21 @@ def test_sparse_layers_cache_nothing_that_grows():
     for a, b, group in zip(short.groups, long.groups, cfg.layer_groups):
       assert (b.full_k.shape[2], a.full_k.shape[2]) == (200, 100)
       assert a.full_k.shape[0] == group.count
-      assert (a.ring_k is not None) == (has_ring and group.num_sparse > 0)
-      if a.ring_k is not None:
-        assert a.ring_k.shape == b.ring_k.shape == (group.count, group.num_sparse, 1, 24, 2, 16)
-  assert init_cache(variant(local_shares_kv=True), 1, 8).groups[0].ring_k is None
+      assert len(a.rings) == len(group.runs)
+      for one, other, run in zip(a.rings, b.rings, group.runs):
+        assert has_ring
+        assert one.k.shape == other.k.shape == (group.count, run.count, 1, 24, 2, 16)
+  assert init_cache(variant(local_shares_kv=True), 1, 8).groups[0].rings[0].k is None
+  mixed = variant(pattern="full window sparse sparse", local_shares_kv=True)
+  assert [ring.k is None for ring in init_cache(mixed, 1, 8).groups[0].rings] == [False, True]
+  leading = init_cache(variant(pattern="window window full sparse"), 1, 8)
+  assert leading.groups[0].full_k is None and leading.max_tokens == 8
+
+
+def test_the_previous_tokens_blocks_do_not_decode():
+  with pytest.raises(UserError, match="'previous' trains and evaluates without a cache") as error:
+    make(variant(block_choice="previous")).init_cache(1, 8)
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("attention", ["hysparse", "full", "swa"])
@@ -123,16 +142,16 @@ def test_documents_of_a_row_never_see_each_other(attention):
 
 def test_positions_count_from_the_start_of_each_document():
   segments = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
-  assert model.positions_within(segments, (1, 7)).tolist() == [[0, 1, 2, 0, 1, 0, 1]]
-  assert model.positions_within(None, (2, 3)).tolist() == [[0, 1, 2]] * 2
+  assert positions_within(segments, (1, 7)).tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+  assert positions_within(None, (2, 3)).tolist() == [[0, 1, 2]] * 2
 
 
 CHANGES = dict(
   attention="full", vocab_size=72, num_layers=6, d_model=64, num_heads=8, num_kv_heads=4,
   head_dim=32, value_head_dim=8, d_ff=96, moe=MOE, sparse_per_full=1, block_size=32,
-  selected_tokens=48, window=16, local_branch=False, local_shares_kv=True, gate="per_head",
-  sinks=False, qk_norm=False, rope_base=500.0, norm_eps=1e-5, tied_embeddings=True,
-  dtype="bfloat16", remat="layer", block_choice="random")
+  selected_tokens=48, window=16, local_branch=False, local_shares_kv=True,
+  pattern="full sparse window full", gate="per_head", sinks=False, qk_norm=False, rope=PARTIAL,
+  norm_eps=1e-5, tied_embeddings=True, dtype="bfloat16", remat="layer", block_choice="random")
 
 
 def lowered(cfg):
@@ -146,13 +165,27 @@ def lowered(cfg):
 
 def test_every_model_field_changes_the_program():
   names = {field.name for field in dataclasses.fields(config.ModelConfig)}
-  assert names == set(CHANGES) | {"implementation"}        # the last one names a kernel, see below
+  # `implementation` names a kernel and `rope_window` needs window layers, see below.
+  assert names == set(CHANGES) | {"implementation", "rope_window"}
   reference = lowered(SMALL)
   assert lowered(dataclasses.replace(SMALL)) == reference  # the comparison itself is stable
   for name, value in CHANGES.items() - {("remat", "layer")}:
     assert lowered(variant(**{name: value})) != reference, f"{name}={value!r} changed nothing"
   assert lowered(variant(gate="none")) != lowered(variant(gate="per_head"))
   assert lowered(variant(remat="layer")) != lowered(variant(remat="block"))
+
+
+def test_every_rope_field_changes_the_program():
+  windows = dict(pattern="full sparse window full")
+  base = lowered(variant(**windows))
+  assert lowered(variant(**windows, rope_window=PARTIAL)) != base
+  yarn = config.RopeConfig(scaling="yarn", factor=4.0, original_tokens=1024)
+  base = lowered(variant(rope=yarn))
+  changes = dict(base=500.0, fraction=0.5, scaling="ntk", factor=2.0, original_tokens=4096,
+                 beta_fast=4.0, beta_slow=0.5)
+  assert set(changes) == {field.name for field in dataclasses.fields(config.RopeConfig)}
+  for name, value in changes.items():
+    assert lowered(variant(rope=dataclasses.replace(yarn, **{name: value}))) != base, name
 
 
 def test_every_moe_field_changes_the_program():
@@ -173,27 +206,27 @@ def test_all_blocks_selected_is_full_attention_over_the_shared_kv():
   cfg = variant(local_branch=False, selected_tokens=128, gate="none", sinks=False)
   full, layer = FullLayer(cfg, rngs=nnx.Rngs(0)), SparseLayer(cfg, rngs=nnx.Rngs(1))
   x = jax.random.normal(jax.random.key(2), (2, 100, 48))
-  rows = Rows(model.positions_within(None, (2, 100)))
+  context = TokenContext(positions_within(None, (2, 100)))
 
   @jax.jit
   def both(x):
-    after, shared, picked, _, _ = full(x, rows, cfg.num_blocks, None, 0)
-    return after, shared, layer(after, shared, picked, rows, None, 0, 0)[0]
+    after, shared, _, _ = full(x, context, cfg.num_blocks)
+    return after, shared, layer(after, shared, context)[0]
 
   after, shared, actual = both(x)
 
-  _, q, _, _ = layer.project(after, rows)
+  _, q, _, _ = layer.project(after, context)
   q = q.reshape(2, 100, 2, 2, 16)
   scores = jnp.einsum("btkgh,bskh->bkgts", q, shared.k) / 4.0
   scores = jnp.where(jnp.tril(jnp.ones((100, 100), bool)), scores, -jnp.inf)
   o = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(scores), shared.v).reshape(2, 100, 4, 16)
-  expected, _ = layer.finish(after, o)
+  expected, _ = layer.finish(after, o, context)
   assert_close(actual, expected, "attention_routes_f32")
 
 
 def test_sharing_the_kv_takes_projections_away():
-  assert not hasattr(make(variant(local_shares_kv=True)).stack.groups[0].sparse, "wk")
-  assert hasattr(make(SMALL).stack.groups[0].sparse, "wk")
+  assert not hasattr(make(variant(local_shares_kv=True)).stack.groups[0].runs[0], "wk")
+  assert hasattr(make(SMALL).stack.groups[0].runs[0], "wk")
 
 
 def test_remat_changes_memory_not_values():
@@ -245,7 +278,7 @@ def test_padding_reaches_nothing():
 
   @jax.jit
   def states(net, x):
-    return net.stack(x, Rows(batch.positions, batch.segment_ids))[0]
+    return net.stack(x, TokenContext(batch.positions, batch.segment_ids))[0]
 
   x = net.embed(batch.tokens)
   poisoned = states(net, jnp.where(padding, 1e4 * jax.random.normal(jax.random.key(5), x.shape), x))
@@ -276,7 +309,7 @@ def test_bad_tokens_and_full_caches_are_errors():
 def test_gates_and_loads_are_reported_by_layer():
   net = make(variant(moe=MOE))
   _, stats = jax.jit(model.loss)(net, random_batch())
-  layers = model.by_layer(net.cfg, stats.layers)
+  layers = by_layer(net.cfg, stats.layers)
   assert [layer.gate_sparse is None for layer in layers] == [True, False, False, True]
   for layer in layers:
     assert layer.router.expert_load.shape == (4,)

@@ -131,7 +131,7 @@ def test_a_bad_step_changes_nothing_and_is_counted():
     bad = jax.device_put(poisoned, program.batch_sharding)
     state, metrics = program.step(state, good)
     assert bool(metrics.ok)
-    assert np.abs(state.model.stack.groups[0].sparse.mlp.router_bias[...]).max() > 0
+    assert np.abs(state.model.stack.groups[0].runs[0].mlp.router_bias[...]).max() > 0
     before = jax.device_get(state)
     state, metrics = program.step(state, bad)
     after = jax.device_get(state)

@@ -11,7 +11,14 @@ import pathlib
 from typing import NamedTuple
 
 from hysparse_jax import accounting, config
-from hysparse_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from hysparse_jax.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimConfig,
+  RopeConfig,
+  TrainConfig,
+)
 from hysparse_jax.errors import UserError
 from hysparse_jax.tasks import token_tasks
 
@@ -227,7 +234,7 @@ def _h200(overrides) -> Preset:
     model=ModelConfig(
       vocab_size=1024, num_layers=13, d_model=512, num_heads=8, num_kv_heads=2, head_dim=64,
       d_ff=1536, sparse_per_full=11, block_size=64, selected_tokens=1024, window=128, qk_norm=True,
-      rope_base=640_000.0, dtype="bfloat16", remat="layer"),
+      rope=RopeConfig(base=640_000.0), dtype="bfloat16", remat="layer"),
     data=DataConfig(source="python_packages", heldout_fraction=0.01, seq_len=8192, batch_size=4,
                     task_share=0.5, task_ids=768, task_positions=32_768, task_warmup_steps=448),
     optim=OptimConfig(optimizer="muon", lr=2e-3, muon_lr=1.4e-2, warmup_steps=60,

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hysparse_jax.errors import UserError
-from hysparse_jax.model.hybrid import FullLayer, Rows, SparseLayer
-from hysparse_jax.model.layers import rms_norm, unstacked
-from hysparse_jax.model.transformer import Transformer, positions_within
+from hysparse_jax.model.decoder_layer import TokenContext
+from hysparse_jax.model.hybrid import FullLayer, SparseLayer
+from hysparse_jax.model.layers import positions_within, rms_norm, unstacked
+from hysparse_jax.model.transformer import Transformer
 from pallas_kernels.reference.block_selection import picked_keys
 from pallas_kernels.reference.masked_attention import query_chunks, same_segment
 
@@ -38,7 +39,7 @@ class LayerTrace(NamedTuple):
   """One layer of one forward pass."""
 
   layer: int
-  distance: int                    # layers since the full layer; 0: it is the full layer
+  distance: int | None             # layers since the full layer, 0 its own; None: before the first
   picked: np.ndarray | None        # i32 [B, K, T, P], the blocks in use; None: none are
   coverage: np.ndarray | None      # f32 [B, T, N]; NaN where a token is padding
   gate_sparse: float | None        # mean over tokens, heads and channels
@@ -49,57 +50,67 @@ def trace(model: Transformer, tokens, segment_ids=None):
   """Runs the model layer by layer and keeps what the oracle figures need.
 
   Args:
-    model: a Transformer with attention="hysparse".
+    model: a Transformer with sparse layers.
     tokens: i32 [B, T].
     segment_ids: i32 [B, T] or None, as in `Transformer.__call__`.
 
   Returns:
     The normed last hidden state [B, T, D], equal to `model.hidden`'s, and a list of `LayerTrace`,
-    one per layer. The last full layer, which no layer follows, selects nothing.
+    one per layer. A full layer that no sparse layer follows selects nothing, and window layers read
+    no selection.
 
   Raises:
     UserError: a model without an oracle.
   """
   cfg = model.cfg
-  if cfg.attention != "hysparse" or cfg.sparse_per_full == 0:
+  if "sparse" not in cfg.layer_kinds:
     raise UserError(f"the oracle task needs a model with sparse layers, this one has "
-                    f"attention={cfg.attention!r}, sparse_per_full={cfg.sparse_per_full}; "
-                    "leave oracle out of --tasks")
+                    f"attention={cfg.attention!r} and {'/'.join(dict.fromkeys(cfg.layer_kinds))} "
+                    "layers; leave oracle out of --tasks")
   tokens = jnp.asarray(tokens)
-  rows = Rows(positions_within(segment_ids, tokens.shape), segment_ids)
+  valid = None if segment_ids is None else jnp.asarray(segment_ids) != 0
+  context = TokenContext(positions_within(segment_ids, tokens.shape), segment_ids, valid)
   x, layers = model.embed(tokens), []
 
-  def keep(distance, picked, coverage, stats):
+  def keep(distance, shared, coverage, stats):
+    selection = (None, None) if coverage is None else (
+      np.asarray(shared.block_indices), np.asarray(coverage))
     gates = (None if gate is None else float(gate) for gate in stats[:2])
-    layers.append(LayerTrace(len(layers), distance, picked, coverage, *gates))
+    layers.append(LayerTrace(len(layers), distance, *selection, *gates))
 
-  for blocks, (count, num_sparse) in zip(model.stack.groups, cfg.layer_groups):
-    num_blocks = cfg.num_blocks if num_sparse else 0
-    for index in range(count):
+  for blocks, group in zip(model.stack.groups, cfg.layer_groups):
+    num_blocks = cfg.num_blocks if group.has_sparse else 0
+    for index in range(group.count):
       block = unstacked(blocks, index)
-      x, shared, picked, coverage, stats = _full(block.full, x, rows, num_blocks)
-      chosen = np.asarray(picked) if num_sparse else None
-      keep(0, chosen, np.asarray(coverage) if num_sparse else None, stats)
-      for distance in range(1, num_sparse + 1):
-        layer = unstacked(block.sparse, distance - 1)
-        x, coverage, stats = _sparse(layer, x, shared, picked, rows)
-        keep(distance, chosen, np.asarray(coverage), stats)
+      shared = distance = None
+      if group.has_full:
+        x, shared, covered, stats = _full(block.full, x, context, num_blocks)
+        distance = 0
+        keep(distance, shared, covered, stats)
+      for run, stack in zip(group.runs, block.runs):
+        for layer in range(run.count):
+          x, covered, stats = _sparse(unstacked(stack, layer), x, shared, context)
+          distance = None if distance is None else distance + 1
+          keep(distance, shared, covered, stats)
   return rms_norm(x, model.final_norm[...], cfg.norm_eps), layers
 
 
 @jax.jit(static_argnames="num_blocks")
-def _full(layer: FullLayer, x, rows: Rows, num_blocks: int):
-  _, q, _, _ = layer.project(x, rows)
-  x, shared, picked, _, stats = layer(x, rows, num_blocks, None, 0)
-  covered = coverage(q, shared.k, picked, layer.cfg.block_size, rows.segment_ids)
-  return x, shared, picked, covered, stats
+def _full(layer: FullLayer, x, context: TokenContext, num_blocks: int):
+  _, q, _, _ = layer.project(x, context)
+  x, shared, _, stats = layer(x, context, num_blocks)
+  return x, shared, _covered(layer, q, shared, context) if num_blocks else None, stats
 
 
 @jax.jit
-def _sparse(layer: SparseLayer, x, shared, picked, rows: Rows):
-  _, q, _, _ = layer.project(x, rows)
-  x, _, stats = layer(x, shared, picked, rows, None, 0, 0)
-  return x, coverage(q, shared.k, picked, layer.cfg.block_size, rows.segment_ids), stats
+def _sparse(layer: SparseLayer, x, shared, context: TokenContext):
+  _, q, _, _ = layer.project(x, context)
+  x, _, stats = layer(x, shared, context)
+  return x, None if layer.sparse is None else _covered(layer, q, shared, context), stats
+
+
+def _covered(layer, q, shared, context):
+  return coverage(q, shared.k, shared.block_indices, layer.cfg.block_size, context.segment_ids)
 
 
 def coverage(q, k, block_indices, block_size: int, segment_ids=None):
@@ -149,7 +160,7 @@ class OracleLayer(NamedTuple):
   """The figures of one layer."""
 
   layer: int
-  distance: int                        # layers since the full layer; 0: it is the full layer
+  distance: int | None                 # as in `LayerTrace`
   coverage: float | None               # mean over measured tokens and heads; None: no selection
   overlap: SelectionOverlap | None     # of full layers; None where too few tokens choose
   gate_sparse: float | None            # means over tokens, heads and channels
@@ -174,7 +185,7 @@ def oracle(model: Transformer, batches: Sequence) -> OracleResult:
   layers) and overlap is None.
 
   Args:
-    model: a Transformer with attention="hysparse".
+    model: a Transformer with sparse layers.
     batches: of `data.heldout_batches`.
 
   Raises:

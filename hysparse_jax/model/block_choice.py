@@ -2,16 +2,45 @@
 
     random     P blocks drawn uniformly from those the token may see, the same at every training
                step and in every layer: what the sparse branch is worth without a choice
-    previous   the blocks that the oracle picked for the previous token: what a selection that is
-               one token old is worth
+    previous   the blocks that the oracle selected for the previous token: what a selection that is
+               one token old is worth. It needs the whole row at once, so it does not decode.
 
-Axis letters: B batch, T query, K KV heads, P picked blocks, C key blocks.
+Axis letters: B batch, T query, S key, K KV heads, P selected blocks, C key blocks.
 """
 
-import jax
 import jax.numpy as jnp
 
+from hysparse_jax.config import ModelConfig
+from hysparse_jax.model.layers import positions_within
 from pallas_kernels.reference.block_selection import select_blocks
+
+
+def chosen(cfg: ModelConfig, block_indices, num_blocks: int, num_keys: int, segment_ids,
+           cache_positions=None):
+  """The blocks that the sparse layers read, `model.block_choice` applied.
+
+  Args:
+    cfg: of the model.
+    block_indices: i32 [B, K, T, .], the oracle's choice.
+    num_blocks: P.
+    num_keys: S.
+    segment_ids: i32 [B, T] or None, as the model got them.
+    cache_positions: i32 [B, T], the cache slots of the tokens; None: there is no cache.
+
+  Returns:
+    i32 [B, K, T, P].
+  """
+  if cfg.block_choice == "oracle":
+    return block_indices
+  shape = (block_indices.shape[0], block_indices.shape[2])
+  index = positions_within(None, shape) if cache_positions is None else cache_positions
+  first = index - positions_within(segment_ids, shape) if cache_positions is None else 0 * index
+  if cfg.block_choice == "previous":
+    return previous_blocks(block_indices, index == first)
+  if segment_ids is not None:
+    first = jnp.where(segment_ids == 0, shape[1], first)
+  return random_blocks(index, first, cfg.num_kv_heads, num_blocks, cfg.block_size,
+                       -(-num_keys // cfg.block_size))
 
 
 def random_blocks(index, first, kv_heads: int, num_blocks: int, block_size: int, total: int):
@@ -38,31 +67,18 @@ def random_blocks(index, first, kv_heads: int, num_blocks: int, block_size: int,
   return select_blocks(jnp.where(seen, score, -jnp.inf), num_blocks)
 
 
-def previous_blocks(picked, opens, before=None):
-  """Every token's predecessor's picks; a document's first token keeps its own.
+def previous_blocks(block_indices, opens):
+  """Every token's predecessor's blocks; a document's first token keeps its own.
 
   Args:
-    picked: i32 [B, K, T, P] of the oracle.
+    block_indices: i32 [B, K, T, P] of the oracle.
     opens: bool [B, T], the first tokens of documents.
-    before: i32 [B, K, P], the picks of the token before the first one; None: there is none.
 
   Returns:
     i32 [B, K, T, P].
   """
-  before = picked[:, :, 0] if before is None else before
-  shifted = jnp.concatenate([before[:, :, None], picked[:, :, :-1]], axis=2)
-  return jnp.where(opens[:, None, :, None], picked, shifted)
-
-
-def document_starts(segment_ids, shape):
-  """i32 [B, T]: where a token's document starts in its row; T for padding (segment 0)."""
-  if segment_ids is None:
-    return jnp.zeros(shape, jnp.int32)
-  index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-  changed = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool),
-                             segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-  start = jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
-  return jnp.where(segment_ids == 0, shape[1], start)
+  shifted = jnp.roll(block_indices, 1, axis=2)
+  return jnp.where(opens[:, None, :, None], block_indices, shifted)
 
 
 def _mixed(x):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hysparse_jax.config import ModelConfig
+from hysparse_jax.config import ModelConfig, RopeConfig
 
 
 def weight(rngs: nnx.Rngs, shape, names, *, in_axes=(), out_axes=(), init=None) -> nnx.Param:
@@ -66,22 +66,89 @@ def rms_norm(x, gain, eps: float):
   return (x32 * scale * gain).astype(x.dtype)
 
 
-def rotary(x, positions, base: float):
-  """Rotates channel pairs `(i, i + H/2)` by `position * base ** (-2i / H)`.
+def rotary(x, positions, rope: RopeConfig):
+  """Turns channel pairs `(i, i + R/2)` of the first R channels by `position * frequency[i]`.
 
   Args:
     x: [B, T, N, H].
     positions: i32 [B, T].
+    rope: R = fraction * H, and the frequencies.
 
   Returns:
     [B, T, N, H] in x's dtype; computed in float32.
   """
-  half = x.shape[-1] // 2
-  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  turned = rope.rotated_channels(x.shape[-1])
+  if not turned:
+    return x
+  angle = positions[..., None, None].astype(jnp.float32) * rope_frequencies(rope, turned)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x.dtype)
+  x32 = x.astype(jnp.float32)
+  low, high = jnp.split(x32[..., :turned], 2, axis=-1)
+  parts = [low * cos - high * sin, high * cos + low * sin, x32[..., turned:]]
+  return (jnp.concatenate(parts, axis=-1) * rope_temperature(rope)).astype(x.dtype)
+
+
+def rope_frequencies(rope: RopeConfig, channels: int):
+  """f32 [R/2] for R = `channels`: radians per token of each channel pair.
+
+      none   theta_i = base ** (-2i / R)
+      ntk    the same with base * factor ** (R / (R - 2)): the slowest pair turns factor times
+             slower, the fastest as before (NTK-aware interpolation)
+      yarn   theta_i / factor for pairs that turn less than beta_slow times in `original_tokens`
+             tokens, theta_i for those that turn more than beta_fast times, a linear blend over the
+             pairs between (YaRN, section 3.2, with the authors' rounding of the two bounds)
+  """
+  half = channels // 2
+  base = rope.base * (rope.factor ** (channels / (channels - 2)) if rope.scaling == "ntk" else 1)
+  pair = jnp.arange(half, dtype=jnp.float32)
+  frequency = base ** (-pair / half)
+  if rope.scaling != "yarn":
+    return frequency
+
+  def pair_that_turns(times):
+    return half * math.log(rope.original_tokens / (2 * math.pi * times)) / math.log(rope.base)
+
+  first = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
+  last = min(math.ceil(pair_that_turns(rope.beta_slow)), channels - 1)
+  stretched = jnp.clip((pair - first) / max(last - first, 1e-3), 0.0, 1.0)
+  return frequency * (1 - stretched + stretched / rope.factor)
+
+
+def rope_temperature(rope: RopeConfig) -> float:
+  """What queries and keys are each multiplied by: sqrt(1/t) = 0.1 ln(factor) + 1 (YaRN, eq. 22)."""
+  return 0.1 * math.log(rope.factor) + 1.0 if rope.scaling == "yarn" else 1.0
+
+
+def positions_within(segment_ids, shape):
+  """i32 [B, T]: how far each token is from the start of its document, or of its row (None)."""
+  index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+  if segment_ids is None:
+    return index
+  first = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool),
+                           segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+  return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+def valid_mean(x, valid):
+  """Mean of x [B, T, ...] over the tokens of `valid` bool [B, T] (None: all) and the other axes."""
+  per_token = jnp.mean(x, axis=tuple(range(2, x.ndim)), dtype=jnp.float32)
+  if valid is None:
+    return jnp.mean(per_token)
+  return jnp.sum(per_token * valid) / jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1.0)
+
+
+def rematerialised(cfg: ModelConfig, level: str, function, **kwargs):
+  """`function`, recomputed in the backward pass if `cfg.remat` says so at this level.
+
+  The selected blocks are always saved: recomputed scores could differ in the last bit, and then
+  forward and backward would attend to different blocks. So are, where a kernel names them, its
+  output and log-sum-exp, which spare the backward pass a second run of the forward kernel.
+  """
+  if cfg.remat != level:
+    return function
+  keep = jax.checkpoint_policies.save_only_these_names(
+    "block_indices", "oracle_block_indices", "oracle_out", "oracle_lse")
+  return jax.checkpoint(function, policy=keep, prevent_cse=False, **kwargs)
 
 
 class Mlp(nnx.Module):
@@ -94,8 +161,12 @@ class Mlp(nnx.Module):
     self.w_out = weight(rngs, (F, D), ("mlp", "embed"), in_axes=(0,), out_axes=(1,),
                         init=scaled_normal((2 * cfg.num_layers * F) ** -0.5))
 
-  def __call__(self, x):
-    """[B, T, D] -> ([B, T, D], None); the second is where a mixture reports its router."""
+  def __call__(self, x, valid=None):
+    """[B, T, D] -> ([B, T, D], None); the second is where a mixture reports its router.
+
+    `valid` bool [B, T] says which tokens a mixture's statistics are taken over.
+    """
+    del valid
     w_gate, w_up, w_out = (w[...].astype(x.dtype) for w in (self.w_gate, self.w_up, self.w_out))
     hidden = jax.nn.silu(jnp.einsum("btd,df->btf", x, w_gate)) * jnp.einsum(
       "btd,df->btf", x, w_up)

@@ -49,7 +49,7 @@ class Experts(nnx.Module):
     self.w_out = weight(rngs, (E, F, D), ("expert", "mlp", "embed"), in_axes=(1,), out_axes=(2,),
                         init=scaled_normal((2 * cfg.num_layers * F) ** -0.5))
 
-  def __call__(self, x):
+  def __call__(self, x, valid=None):
     """[B, T, D] -> ([B, T, D] in x's dtype, RouterStats).
 
     Raises:

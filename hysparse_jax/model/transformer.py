@@ -15,13 +15,14 @@ from hysparse_jax.config import ModelConfig
 from hysparse_jax.errors import UserError
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.cache import DecodeState
-from hysparse_jax.model.hybrid import HybridStack, Rows, by_layer
-from hysparse_jax.model.layers import ones, rms_norm, scaled_normal, weight
+from hysparse_jax.model.decoder_layer import TokenContext
+from hysparse_jax.model.hybrid import HybridStack, by_layer
+from hysparse_jax.model.layers import ones, positions_within, rms_norm, scaled_normal, weight
 from hysparse_jax.sharding import constrain
 
 
 class Transformer(nnx.Module):
-  """A decoder-only language model with the attention pattern of `cfg.attention`.
+  """A decoder-only language model with the layer pattern of `cfg.layer_kinds`.
 
       logits = model(tokens, segment_ids)                              # i32 [B,T] -> f32 [B,T,V]
       logits, cache = model.prefill(tokens, model.init_cache(B, S))    # last token's, f32 [B,V]
@@ -52,9 +53,11 @@ class Transformer(nnx.Module):
     """i32 [B, T] -> (normed last hidden state [B, T, D], `LayerStats` of the stack)."""
     if positions is None:
       positions = positions_within(segment_ids, tokens.shape)
-    x, _, stats = self.stack(self.embed(tokens), Rows(positions, segment_ids))
+    valid = None if segment_ids is None else segment_ids != 0
+    x, _, stats = self.stack(self.embed(tokens), TokenContext(positions, segment_ids, valid))
     return rms_norm(x, self.final_norm[...], self.cfg.norm_eps), stats
 
+  @jax.named_scope("embed")
   def embed(self, tokens):
     """i32 [B, T] -> [B, T, D] in the compute dtype."""
     inside = jnp.where(tokens < 0, self.cfg.vocab_size, tokens)      # so that -1 is no last row
@@ -62,6 +65,7 @@ class Transformer(nnx.Module):
     x = self.embedding[...].at[inside].get(mode="fill", fill_value=jnp.nan)
     return constrain(x.astype(self.cfg.dtype), "batch", "seq", None)
 
+  @jax.named_scope("head")
   def logits(self, hidden):
     """[..., D] -> f32 [..., V]."""
     head = self.embedding[...].T if self.cfg.tied_embeddings else self.head[...]
@@ -90,8 +94,8 @@ class Transformer(nnx.Module):
     lengths = jnp.full((batch,), count, jnp.int32) if lengths is None else jnp.asarray(lengths)
     self._check(tokens, cache, lengths)
     steps = jnp.arange(count)[None]
-    rows = Rows(positions=cache.length[:, None] + steps, valid=steps < lengths[:, None])
-    x, groups, _ = self.stack(self.embed(tokens), rows, cache.groups)
+    context = TokenContext(cache.length[:, None] + steps, valid=steps < lengths[:, None])
+    x, groups, _ = self.stack(self.embed(tokens), context, cache.groups)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = self.logits(rms_norm(last, self.final_norm[...], self.cfg.norm_eps))
     length = cache.length + lengths
@@ -148,16 +152,6 @@ def check_tokens(tokens, vocab_size: int):
                     f"{vocab_size}; tokens are 0 to {vocab_size - 1}")
 
 
-def positions_within(segment_ids, shape):
-  """i32 [B, T]: how far each token is from the start of its document."""
-  index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-  if segment_ids is None:
-    return index
-  first = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool),
-                           segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-  return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-
-
 class LossStats(NamedTuple):
   """Sums over one batch, so that micro-batches and hosts can be added up."""
 
@@ -194,6 +188,7 @@ def loss(model: Transformer, batch, *, z_loss: float = 0.0, chunk: int = 0, deno
   return total, LossStats(nll, weight_sum, z, stats)
 
 
+@jax.named_scope("loss")
 def token_losses(model: Transformer, hidden, targets, chunk: int = 0):
   """hidden [B, T, D], targets i32 [B, T] -> negative log-likelihood and logsumexp ** 2, [B, T]."""
   def of(hidden, targets):

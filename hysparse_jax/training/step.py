@@ -103,12 +103,11 @@ def _step(cfg: Config, tx, state: TrainState, batch: Batch):
 def _rebalanced(params, layers, rate: float):
   """The model with every router's bias moved by its layer's load (`moe.updated_router_bias`)."""
   params = jax.tree.map(lambda leaf: leaf, params)      # a copy: modules are values
-  for blocks, (full, sparse) in zip(params.stack.groups, layers):
-    for part, stats in ((blocks.full, full), (blocks.sparse, sparse)):
-      if part is not None:
-        bias = part.mlp.router_bias
-        part.mlp.router_bias = bias.replace(
-          moe.updated_router_bias(bias[...], stats.router.expert_load, rate))
+  for blocks, all_stats in zip(params.stack.groups, layers):
+    for part, stats in zip(blocks.parts, all_stats):
+      bias = part.mlp.router_bias
+      part.mlp.router_bias = bias.replace(
+        moe.updated_router_bias(bias[...], stats.router.expert_load, rate))
   return params
 
 
