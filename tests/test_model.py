@@ -27,6 +27,13 @@ SMALL = config.ModelConfig(
 MOE = config.MoeConfig(num_experts=4, experts_per_token=2, d_ff=32)
 NOPE, PARTIAL = config.RopeConfig(fraction=0.0), config.RopeConfig(base=500.0, fraction=0.25)
 
+# One absent device: what runs there is known without it.
+TPU = jax.sharding.AbstractMesh(
+  (1,) * len(config.MESH_AXES), config.MESH_AXES,
+  axis_types=(jax.sharding.AxisType.Auto,) * len(config.MESH_AXES),
+  abstract_device=jax.sharding.AbstractDevice(
+    device_kind="TPU v5", num_cores=1, platform="tpu"))
+
 
 def variant(**fields):
   return dataclasses.replace(SMALL, **fields)
@@ -200,6 +207,36 @@ def test_every_moe_field_changes_the_program():
 def test_an_implementation_that_is_not_there_is_an_error():
   with pytest.raises(NotImplementedError, match="abacus"):
     lowered(variant(implementation="abacus"))
+
+
+def test_cached_ops_obey_the_implementation():
+  """One named implementation runs or raises, with a cache as without."""
+  abstract = lambda cfg: jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  net = abstract(variant(implementation="abacus"))
+  cache = jax.eval_shape(lambda: init_cache(net.cfg, 1, 8))
+  with pytest.raises(NotImplementedError, match="cached_oracle_attention: .*'abacus'"):
+    jax.eval_shape(lambda net, cache: net.decode(jnp.zeros(1, jnp.int32), cache), net, cache)
+  # On a TPU, None takes the kernels and "reference" does not.
+  shape = dict(head_dim=128, block_size=64, selected_tokens=128, window=128)
+  with jax.sharding.use_abstract_mesh(TPU):
+    chosen = model.implementations_of(variant(**shape), 1, 512, decode=True)
+    assert chosen == {"cached_oracle_attention": "mosaic_tpu",
+                      "cached_block_sparse_attention": "mosaic_tpu",
+                      "cached_sliding_window_attention": "reference"}
+    named = variant(implementation="reference", **shape)
+    assert set(model.implementations_of(named, 1, 512, decode=True).values()) == {"reference"}
+
+
+def test_the_implementation_of_every_op_is_known_before_the_run():
+  ops = ["oracle_attention", "plan_blocks", "sparse_layer_attention"]
+  assert model.implementations_of(SMALL, 2, 64) == dict.fromkeys(ops, "reference")
+  chosen = model.implementations_of(variant(attention="swa"), 2, 64)
+  assert sorted(chosen) == ["oracle_attention", "sparse_layer_attention"]
+  with jax.sharding.use_abstract_mesh(TPU):     # the kernels do not take blocks of 12 keys
+    with pytest.raises(NotImplementedError, match="rows of 4096 tokens are too long"):
+      model.implementations_of(variant(block_size=12, selected_tokens=24), 1, 4096)
+    asked = variant(block_size=12, selected_tokens=24, implementation="reference")
+    assert set(model.implementations_of(asked, 1, 4096).values()) == {"reference"}
 
 
 def test_all_blocks_selected_is_full_attention_over_the_shared_kv():

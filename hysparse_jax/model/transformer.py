@@ -18,7 +18,8 @@ from hysparse_jax.model.cache import DecodeState
 from hysparse_jax.model.decoder_layer import TokenContext
 from hysparse_jax.model.hybrid import HybridStack, by_layer
 from hysparse_jax.model.layers import ones, positions_within, rms_norm, scaled_normal, weight
-from hysparse_jax.sharding import constrain
+from hysparse_jax.sharding import STREAM, constrain
+from pallas_kernels import implementations
 
 
 class Transformer(nnx.Module):
@@ -63,7 +64,7 @@ class Transformer(nnx.Module):
     inside = jnp.where(tokens < 0, self.cfg.vocab_size, tokens)      # so that -1 is no last row
     # Rounded after the look-up: the gradient of a row adds up in float32, over every such token.
     x = self.embedding[...].at[inside].get(mode="fill", fill_value=jnp.nan)
-    return constrain(x.astype(self.cfg.dtype), "batch", "seq", None)
+    return constrain(x.astype(self.cfg.dtype), *STREAM)
 
   @jax.named_scope("head")
   def logits(self, hidden):
@@ -211,3 +212,30 @@ def evaluate_batch(model: Transformer, batch, chunk: int = 0):
   """The token losses f32 [B, T] in nats of one batch, no gradient."""
   hidden, _ = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
   return token_losses(model, hidden, batch.targets, chunk)[0]
+
+
+def implementations_of(cfg: ModelConfig, batch: int, tokens: int, *,
+                       decode: bool = False) -> dict[str, str]:
+  """{op: the implementation that runs}, found by tracing; nothing is compiled or run.
+
+  Call it under the mesh (`jax.set_mesh`) or the default device of the run.
+
+  Args:
+    cfg: of the model.
+    batch: B, rows over all devices.
+    tokens: T of a training step, forward and backward; or S, the room of the cache.
+    decode: of one decoded token instead of a training step.
+
+  Raises:
+    NotImplementedError: an op has no implementation for these sizes.
+  """
+  model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  with implementations.recorded() as names:
+    if decode:
+      cache = jax.eval_shape(lambda: kv_cache.init_cache(cfg, batch, tokens))
+      jax.eval_shape(lambda model, ids, cache: model.decode(ids, cache), model, ids(batch), cache)
+    else:
+      total = lambda model, ids: jnp.sum(model.hidden(ids, ids)[0].astype(jnp.float32))
+      jax.eval_shape(jax.grad(total), model, ids(batch, tokens))
+  return {op: " and ".join(chosen) for op, chosen in names.items()}

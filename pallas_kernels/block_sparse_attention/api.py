@@ -67,7 +67,7 @@ def plan_blocks(block_indices, *, num_heads, num_keys=None, block_size=64, query
   checks.check_shape(op, "block_indices", block_indices, "BKTP", sizes, ("int32",))
   checks.check_heads(op, sizes)
   checks.check_at_least(op, 1, block_size=block_size)
-  plan = implementations.pick(op, implementation, _PLANS, _BY_PLATFORM)
+  plan = implementations.pick(op, implementation, _PLANS, _BY_PLATFORM, tokens=sizes["T"])
   return plan(block_indices, num_heads // sizes["K"], block_size)
 
 
@@ -116,7 +116,7 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
                                                       sizes)
   checks.check_at_least(op, 1, block_size=block_size)
   checks.check_scale(op, scale)
-  run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM)
+  run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM, tokens=sizes["T"])
   return run(q, k, v, block_indices, block_size=block_size, sinks=sinks,
              query_offset=query_offset, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
              scale=sizes["H"] ** -0.5 if scale is None else scale, plan=plan)

@@ -61,7 +61,8 @@ def cached_oracle_attention(q, k, v, query_positions, *, block_size=64, num_bloc
   checks.check_at_least(op, 1, block_size=block_size)
   checks.check_at_least(op, 0, num_blocks=num_blocks)
   checks.check_scale(op, scale)
-  run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op])
+  run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op],
+                             tokens=sizes["T"])
   return run(q, k, v, query_positions, block_size=block_size, num_blocks=num_blocks,
              scale=sizes["H"] ** -0.5 if scale is None else scale, layer=layer)
 
@@ -98,7 +99,8 @@ def cached_block_sparse_attention(q, k, v, block_indices, query_positions, *, bl
   checks.check_sinks(op, "sinks", sinks, sizes)
   checks.check_at_least(op, 1, block_size=block_size)
   checks.check_scale(op, scale)
-  run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op])
+  run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op],
+                             tokens=sizes["T"])
   return run(q, k, v, block_indices, query_positions, block_size=block_size, sinks=sinks,
              scale=sizes["H"] ** -0.5 if scale is None else scale, layer=layer)
 
@@ -142,7 +144,8 @@ def cached_sliding_window_attention(q, k_ring, v_ring, k_new, v_new, query_posit
   checks.check_heads(op, sizes)
   checks.check_sinks(op, "sinks", sinks, sizes)
   checks.check_scale(op, scale)
-  run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op])
+  run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op],
+                             tokens=sizes["T"])
   return run(q, k_ring, v_ring, k_new, v_new, query_positions, window=window, sinks=sinks,
              scale=sizes["H"] ** -0.5 if scale is None else scale)
 

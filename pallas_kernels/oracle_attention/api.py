@@ -55,7 +55,7 @@ def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, query_offset=0, s
   checks.check_at_least(op, 1, block_size=block_size)
   checks.check_at_least(op, 0, num_blocks=num_blocks)
   checks.check_scale(op, scale)
-  run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM)
+  run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM, tokens=sizes["T"])
   return run(q, k, v, block_size=block_size, num_blocks=num_blocks, query_offset=query_offset,
              segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
              scale=sizes["H"] ** -0.5 if scale is None else scale)

@@ -51,7 +51,7 @@ def sliding_window_attention(q, k, v, *, window=128, sinks=None, query_offset=0,
                                                       sizes)
   checks.check_at_least(op, 1, window=window)
   checks.check_scale(op, scale)
-  run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM)
+  run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM, tokens=sizes["T"])
   return run(q, k, v, window=window, sinks=sinks, query_offset=query_offset,
              segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
              scale=sizes["H"] ** -0.5 if scale is None else scale)

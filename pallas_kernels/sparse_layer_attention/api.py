@@ -104,7 +104,7 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
     checks.check_sinks(op, name, sinks, sizes)
   checks.check_at_least(op, 1, block_size=block_size, window=window)
   checks.check_scale(op, scale)
-  run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM)
+  run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM, tokens=sizes["T"])
   return run(q, k, v, block_indices, k_local, v_local, gate_sparse, gate_local,
              sinks_sparse=sinks_sparse, sinks_local=sinks_local, block_size=block_size,
              window=window, query_offset=query_offset, local_query_offset=local_query_offset,
