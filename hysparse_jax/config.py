@@ -304,11 +304,12 @@ class DataConfig(_Checked):
   seq_len: int = 512                  # T, tokens per row
   batch_size: int = 8                 # B, rows per optimizer step over all hosts
   packing: bool = True                # several documents per row, kept apart by segment ids
+  align_documents: bool = True        # they start at multiples of model.block_size in their row
   heldout_fraction: float = 0.05      # share of documents, by hash, that training never sees
   workers: int = 0                    # reader processes; the batches do not depend on it
   seed: int = 0                       # of the order of documents
   task_share: float = 0.0             # share of rows that are recall tasks instead of text
-  tasks: str = "all"                  # of evals/token_tasks.py, separated by commas
+  tasks: str = "all"                  # of tasks/token_tasks.py, separated by commas
   task_ids: int = 768                 # ids that tasks are spelled with, after the tokenizer's
   task_weight: float = 1.0            # loss weight of a task row's answers; a full text row has 1
   task_context_weight: float = 0.0    # of every other token of a task row; a text token has 1
@@ -417,6 +418,23 @@ class Config(_Checked):
     _require(self.optim.warmup_steps <= self.train.steps,
              f"optim.warmup_steps={self.optim.warmup_steps} exceeds "
              f"train.steps={self.train.steps}")
+    self.check_row_length(self.data.seq_len)
+
+  @property
+  def document_alignment(self) -> int:
+    """Tokens: documents start at multiples of this in their row; 1 is anywhere.
+
+    Key blocks are counted from the start of the row. A document that starts with a key block has
+    the same blocks, and so the same selection and logits, as it has in a row of its own.
+    """
+    return self.model.block_size if self.data.align_documents else 1
+
+  def check_row_length(self, seq_len: int):
+    """Raises a UserError if packed rows of `seq_len` tokens cannot keep documents aligned."""
+    _require(not self.data.packing or seq_len % self.document_alignment == 0,
+             f"rows of {seq_len} tokens are not whole key blocks of model.block_size="
+             f"{self.model.block_size}, to which data.align_documents aligns documents; make "
+             "data.seq_len a multiple of it, or set data.align_documents=False")
 
 
 def load(path: str) -> Config:

@@ -15,6 +15,7 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.model import moe
 from hysparse_jax.model.layers import Mlp
 from hysparse_jax.sharding import make_mesh
+from pallas_kernels import implementations
 from tests.tolerances import assert_close
 
 
@@ -30,6 +31,11 @@ def inputs(B=8, T=12, D=16, seed=1):
 @jax.jit
 def apply(layer, x):
   return layer(x)
+
+
+@jax.jit
+def apply_valid(layer, x, valid):
+  return layer(x, valid)
 
 
 def loop(layer, x, bias=None):
@@ -192,31 +198,85 @@ def test_cost_is_k_over_e_of_dense():
   assert "while" in text and f"f32[{E},{R}" not in text
 
 
+def test_padding_enters_no_statistic_and_costs_no_expert_rows(monkeypatch):
+  """The same 24 tokens in rows of 32 and of 128: statistics, gradients and rows of experts."""
+  layer = make(E=8, k=2)
+  layer.router[...] = layer.router[...] * 3.0
+  tokens = np.asarray(inputs(B=8, T=24))
+
+  def padded(length):
+    """Padding is one vector, as the embedding of token 0 is: all of it prefers the same experts."""
+    x = np.full((8, length, 16), 0.7, np.float32)
+    x[:, :24] = tokens
+    return jnp.asarray(x), jnp.arange(length)[None] < jnp.full((8, 1), 24)
+
+  def loss(layer, x, valid):
+    y, stats = layer(x, valid)
+    total = jnp.sum(jnp.sin(y)) + stats.load_balance_loss + stats.router_z_loss
+    return total, (y, stats)
+
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (_, (alone, expected)), expected_grads = step(layer, jnp.asarray(tokens), None)
+  assert_tree_close((alone, *expected), loop(layer, tokens), "moe_f32")
+  for length in (32, 128):
+    x, valid = padded(length)
+    (_, (y, stats)), grads = step(layer, x, valid)
+    assert_tree_close(stats, expected, "moe_f32")
+    assert_tree_close(grads, expected_grads, "moe_f32")
+    assert_close(y[:, :24], alone, "moe_f32")
+    assert not np.any(y[:, 24:])
+    counted = apply(layer, x)[1]                 # with padding counted, the balance depends on it
+    assert abs(float(counted.load_balance_loss) - float(expected.load_balance_loss)) > 0.05
+
+  rows = []
+  matmul = moe.grouped_matmul
+  monkeypatch.setattr(moe, "grouped_matmul", lambda x, w, sizes: rows.append(int(sizes.sum()))
+                      or matmul(x, w, sizes))
+  layer(*padded(128))
+  assert rows == [8 * 24 * 2] * 3
+
+
+def test_poisoned_padding_reaches_nothing():
+  layer, x = make(), inputs()
+  valid = jnp.arange(12)[None] < jnp.array([[12], [3], [0], [7], [12], [1], [5], [9]])
+  loss = lambda layer, x: sum(map(jnp.sum, jax.tree.leaves(
+    (jnp.where(valid[..., None], layer(x, valid)[0], 0), layer(x, valid)[1]))))
+  gradient = jax.jit(jax.value_and_grad(loss))
+  clean = gradient(layer, x)
+  assert_tree_close(gradient(layer, jnp.where(valid[..., None], x, 1e4)), clean, "moe_f32")
+  nothing = apply_valid(layer, x, jnp.zeros((8, 12), bool))[1]
+  assert all(not np.any(leaf) for leaf in nothing)
+
+
 MESHES = [dict(expert=4), dict(expert=2, tensor=2), dict(data=2, expert=2, tensor=2),
           dict(fsdp=2, expert=4), dict(data=2, fsdp=2, tensor=2)]
 
 
-def loss_and_outputs(layer, x):
-  y, stats = layer(x)
+def loss_and_outputs(layer, x, valid):
+  y, stats = layer(x, valid)
   total = jnp.sum(jnp.sin(y)) + stats.load_balance_loss + stats.router_z_loss
   return total, (y, stats)
 
 
 @functools.cache
 def mesh_case():
-  """A lopsided router (some experts starve), its inputs, the step and what one device gives."""
+  """A lopsided router (some experts starve), its inputs, the step and what one device gives.
+
+  Devices hold different numbers of valid tokens, so that a mean of means would differ.
+  """
   layer, x = make(E=8, k=3), inputs(B=8, T=6)
+  valid = jnp.arange(6)[None] < jnp.array([[6], [1], [0], [6], [3], [6], [2], [5]])
   layer.router[...] = layer.router[...].at[:, :2].multiply(3.0)
   step = jax.jit(jax.value_and_grad(loss_and_outputs, argnums=(0, 1), has_aux=True))
-  return layer, x, step, step(layer, x)
+  return layer, x, valid, step, step(layer, x, valid)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=lambda a: "-".join(f"{k}{v}" for k, v in a.items()))
 def test_a_mesh_changes_nothing(axes):
-  layer, x, step, expected = mesh_case()
+  layer, x, valid, step, expected = mesh_case()
   devices = jax.devices()[:math.prod(axes.values())]
   with jax.set_mesh(make_mesh(MeshConfig(**{"fsdp": 1, **axes}), devices)):
-    actual = step(layer, x)
+    actual = step(layer, x, valid)
   assert_tree_close(actual, expected, "moe_f32")
 
 
@@ -253,13 +313,14 @@ def test_every_moe_field_changes_the_program():
     assert program(dataclasses.replace(base, **change)) != program(base), change
 
 
-@pytest.mark.parametrize("platform,present,absent", [("tpu", "ragged_dot", "stablehlo.while"),
-                                                     ("cuda", "ragged_dot", "stablehlo.while"),
-                                                     ("cpu", "stablehlo.while", "ragged_dot")])
-def test_platform_picks_the_implementation(platform, present, absent):
-  def both_passes(x, w, sizes):
-    return jax.grad(lambda x, w: jnp.sum(moe.grouped_matmul(x, w, sizes)), argnums=(0, 1))(x, w)
+@pytest.mark.parametrize("platform, chosen", [
+  ("tpu", "ragged_dot"), ("gpu", "ragged_dot"), ("cpu", "blocked")])
+def test_the_platform_traced_for_chooses_the_implementation(platform, chosen, monkeypatch):
+  def both_passes(implementation):
+    return jax.make_jaxpr(lambda x, w, sizes: jax.grad(
+      lambda x, w: jnp.sum(moe.grouped_matmul(x, w, sizes, implementation=implementation)),
+      argnums=(0, 1))(x, w))(jnp.zeros((64, 4)), jnp.zeros((3, 4, 5)), jnp.zeros(3, jnp.int32))
 
-  arguments = jnp.zeros((64, 4)), jnp.zeros((3, 4, 5)), jnp.zeros(3, jnp.int32)
-  text = jax.export.export(jax.jit(both_passes), platforms=[platform])(*arguments).mlir_module()
-  assert present in text and absent not in text
+  monkeypatch.setattr(implementations, "_platform", lambda: platform)
+  assert str(both_passes(None)) == str(both_passes(chosen))
+  assert str(both_passes("blocked")) != str(both_passes("ragged_dot"))

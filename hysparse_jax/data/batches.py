@@ -2,13 +2,16 @@
 
 Documents are tokenised once into one flat array. Training reads an endless sequence of rows:
 epoch after epoch, each with the documents in a fresh order drawn from (seed, epoch). With
-`packing` the epochs form one stream of tokens, cut every `seq_len`; without it every row is one
-document, or a `seq_len` piece of a longer one, padded. With `task_share` that share of the rows are
-recall tasks (`task_rows.py`). Where a row lies follows from its number
-by a search in cumulative lengths, so nothing is replayed on resume and no reader state is saved:
-a checkpoint holds the step and the `fingerprint` of the recipe. Rows are trained on in a shuffled
-order, pass by pass, since neighbours are often pieces of one document: the batch of step s is the
-rows numbered `shuffled_rows` of [s*B, (s+1)*B); host i of n takes the i-th of n equal slices.
+`packing` the epochs form one stream, cut every `seq_len`; with `align_documents` each document in
+it is padded to whole key blocks, so that the next one starts at a multiple of `block_size` in its
+row. Without `packing` every row is one document, or a `seq_len` piece of a longer one, padded. With
+`task_share` that share of the rows are recall tasks (`task_rows.py`).
+
+The place of a row follows from its number by a search in cumulative lengths, so nothing is replayed
+on resume and no reader state is saved: a checkpoint holds the step and the `fingerprint` of the
+recipe. Rows are trained on in a shuffled order, pass by pass, since neighbours are often pieces of
+one document: the batch of step s is the rows numbered `shuffled_rows` of [s*B, (s+1)*B); host i of
+n takes the i-th of n equal slices.
 
 Tokens are held in memory (1 byte each for bytes); there is no on-disk cache between runs.
 """
@@ -30,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from hysparse_jax.config import DataConfig
+from hysparse_jax.config import Config
 from hysparse_jax.data.corpus import Corpus
 from hysparse_jax.data.task_rows import TaskRows, open_task_rows, split_row
 from hysparse_jax.data.tokenizer import load_tokenizer
@@ -43,6 +46,7 @@ VERSION = "2"             # of the mapping from config and step to batches; in t
 _PREFETCH = 2             # batches ready ahead of the step, per worker
 _STEPS = 1 << 40          # more than any run has
 _EPOCHS_KEPT = 4          # orders of documents held at once
+_FILES = ("tokens.npy", "starts.npy")   # of what worker processes map
 
 
 class Batch(NamedTuple):
@@ -64,38 +68,46 @@ class TrainStream:
       that does not divide over the hosts.
   """
 
-  def __init__(self, cfg: DataConfig, process_index: int = 0, process_count: int = 1):
+  def __init__(self, cfg: Config, process_index: int = 0, process_count: int = 1):
+    data = cfg.data
     if not 0 <= process_index < process_count:
       raise UserError(f"process_index is {process_index}; expected 0 to {process_count - 1} of "
                       f"process_count={process_count}")
-    if cfg.batch_size % process_count:
-      raise UserError(f"data.batch_size={cfg.batch_size} does not divide over {process_count} "
+    if data.batch_size % process_count:
+      raise UserError(f"data.batch_size={data.batch_size} does not divide over {process_count} "
                       "hosts; make it a multiple")
-    corpus, tokenizer = Corpus.open(cfg), load_tokenizer(cfg)
-    self._cfg = cfg
-    self._rows = _Rows(*tokenizer.encode_documents(corpus.train), cfg.seq_len, cfg.packing,
-                       cfg.seed)
+    corpus, tokenizer = Corpus.open(data), load_tokenizer(data)
+    self._workers = data.workers
+    self._recipe = _Recipe(_Layout.of(cfg, data.seq_len), data.seed)
+    self._rows = self._recipe.rows(*tokenizer.encode_documents(corpus.train))
     self._folder = None   # of the tokens as files, once worker processes need them
-    share = cfg.batch_size // process_count
-    self._slice = _Slice(cfg.batch_size, process_index * share, share, cfg.task_share,
+    share = data.batch_size // process_count
+    self._slice = _Slice(data.batch_size, process_index * share, share, data.task_share,
                          open_task_rows(cfg, tokenizer.vocab_size))
     self.num_documents = len(corpus.train)
     self.tokens_per_epoch = self._rows.tokens.size
-    if self.tokens_per_epoch < (cfg.seq_len if cfg.packing else 1):
+    if self.tokens_per_epoch < (data.seq_len if data.packing else 1):
       raise UserError(
-        f"data.source={cfg.source!r} has {self.tokens_per_epoch} training tokens, less than one "
-        f"row of data.seq_len={cfg.seq_len}; add text or shorten the row")
+        f"data.source={data.source!r} has {self.tokens_per_epoch} training tokens, less than one "
+        f"row of data.seq_len={data.seq_len}; add text or shorten the row")
     self.fingerprint = {
       "version": VERSION,
       "source": f"sha256:{corpus.digest}",
       "tokenizer": tokenizer.fingerprint,
-      **{name: str(getattr(cfg, name)) for name in (
+      **{name: str(getattr(data, name)) for name in (
         "text_field", "seq_len", "batch_size", "packing", "heldout_fraction", "seed")},
     }
-    if cfg.task_share:
-      self.fingerprint |= {name: str(getattr(cfg, name)) for name in (
+    if cfg.document_alignment > 1 and (data.packing or data.task_share):
+      self.fingerprint["align_documents"] = str(cfg.document_alignment)
+    if data.task_share:
+      self.fingerprint |= {name: str(getattr(data, name)) for name in (
         "task_share", "tasks", "task_ids", "task_weight", "task_context_weight",
         "task_positions", "task_warmup_steps")}
+
+  @property
+  def padding_share(self) -> float:
+    """The share of the places in rows of text that hold no token, over one epoch."""
+    return self._rows.padding_share
 
   def batch(self, step: int) -> Batch:
     """This host's slice of the batch of `step`, [B / process_count, T]."""
@@ -104,13 +116,13 @@ class TrainStream:
   def iterator(self, start_step: int) -> Iterator[Batch]:
     """`batch(start_step), batch(start_step + 1), ...` without end, made ahead of time by grain.
 
-    `cfg.workers` processes make the batches; with 0 a thread of this process does. The tokens
+    `data.workers` processes make the batches; with 0 a thread of this process does. The tokens
     reach the processes as memory-mapped temporary files, removed with the stream. Processes are
     spawned: a script that uses them must guard its entry with `if __name__ == "__main__"`.
     """
     import grain
     steps = grain.MapDataset.range(_checked_step(start_step), _STEPS)
-    if self._cfg.workers == 0:
+    if self._workers == 0:
       dataset = steps.map(self.batch).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH))
     else:
@@ -124,7 +136,7 @@ class TrainStream:
       # Whole batches are dealt to the workers in turn and collected in the same turn, so their
       # number cannot change the order.
       dataset = dataset.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=self._cfg.workers,
+        grain.MultiprocessingOptions(num_workers=self._workers,
                                      per_worker_buffer_size=_PREFETCH),
         worker_init_fn=functools.partial(_prepare_worker, self._folder))
     held = [iter(dataset)]
@@ -145,28 +157,28 @@ class TrainStream:
       self._folder = tempfile.mkdtemp(prefix="hysparse_tokens_")
       weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
       self._rows.save(self._folder)
-    return _WorkerBatches(self._folder, self._cfg.seq_len, self._cfg.packing, self._cfg.seed,
-                          self._slice)
+    return _WorkerBatches(self._folder, self._recipe, self._slice)
 
 
-def heldout_batches(cfg: DataConfig, count: int, batch_size: int | None = None,
+def heldout_batches(cfg: Config, count: int, batch_size: int | None = None,
                     seq_len: int | None = None) -> list[Batch]:
   """The first `count` batches of the held-out documents, fewer where they end sooner.
 
-  One pass over rows drawn from all of them, the same for every seed, packed as `cfg.packing` says;
+  One pass over rows drawn from all of them, the same for every seed, packed as `cfg.data` says;
   what the documents do not fill of the last batch is padding. Batches are global: every host gets
   the same ones.
 
   Raises:
-    UserError: as `TrainStream`, and for a `count`, `batch_size` or `seq_len` that is no size.
+    UserError: as `TrainStream`; a `count`, `batch_size` or `seq_len` below 1; a `seq_len` that is
+      not whole key blocks, where documents are aligned to them.
   """
-  batch_size = cfg.batch_size if batch_size is None else batch_size
-  seq_len = cfg.seq_len if seq_len is None else seq_len
+  batch_size = cfg.data.batch_size if batch_size is None else batch_size
+  seq_len = cfg.data.seq_len if seq_len is None else seq_len
   for name, value in (("count", count), ("batch_size", batch_size), ("seq_len", seq_len)):
     if value < 1:
       raise UserError(f"held-out {name} is {value}; it must be at least 1")
-  tokens, starts = load_tokenizer(cfg).encode_documents(Corpus.open(cfg).heldout)
-  rows = _Rows(tokens, starts, seq_len, cfg.packing, seed=None)
+  tokenizer, documents = load_tokenizer(cfg.data), Corpus.open(cfg.data).heldout
+  rows = _Recipe(_Layout.of(cfg, seq_len), seed=None).rows(*tokenizer.encode_documents(documents))
   available = -(-rows.per_pass // batch_size)
   numbers = np.arange(min(count, available) * batch_size).reshape(-1, batch_size)
   return [rows.take(shuffled_rows(batch, rows.per_pass, seed=0)) for batch in numbers]
@@ -203,8 +215,10 @@ def check_fingerprint(saved: dict[str, str], current: dict[str, str]):
                for name in dict.fromkeys([*saved, *current])
                if saved.get(name) != current.get(name)]
   if differing:
+    hint = (" (--set data.align_documents=False packs documents as before they were aligned)"
+            if "align_documents" in current and "align_documents" not in saved else "")
     raise UserError(f"the data differs from the checkpoint's: {'; '.join(differing)}; restore the "
-                    "old values, or start in a new workdir")
+                    f"old values{hint}, or start in a new workdir")
 
 
 class _Slice(NamedTuple):
@@ -234,13 +248,11 @@ class _WorkerBatches:
   """`TrainStream.batch` for another process: pickles as a path and a few numbers."""
 
   folder: str
-  seq_len: int
-  packing: bool
-  seed: int
+  recipe: "_Recipe"
   slice: _Slice
 
   def __call__(self, step):
-    return self.slice.of(_mapped_rows(self.folder, self.seq_len, self.packing, self.seed), step)
+    return self.slice.of(_mapped_rows(self.folder, self.recipe), step)
 
 
 def _close(held):
@@ -268,8 +280,32 @@ def _prepare_worker(folder, worker_index, worker_count):
 
 
 @functools.lru_cache(maxsize=1)
-def _mapped_rows(folder, seq_len, packing, seed):
-  return _Rows.load(folder, seq_len, packing, seed)
+def _mapped_rows(folder, recipe):
+  """The rows of `recipe` over the tokens that `_Rows.save` wrote, memory-mapped."""
+  return recipe.rows(*(np.load(pathlib.Path(folder, name), mmap_mode="r") for name in _FILES))
+
+
+class _Layout(NamedTuple):
+  """How documents fill rows."""
+
+  seq_len: int      # T
+  packing: bool     # several documents per row, or one
+  alignment: int    # packed documents start at multiples of this many tokens
+
+  @classmethod
+  def of(cls, cfg: Config, seq_len: int) -> "_Layout":
+    cfg.check_row_length(seq_len)
+    return cls(seq_len, cfg.data.packing, cfg.document_alignment)
+
+
+class _Recipe(NamedTuple):
+  """What makes rows of tokens and starts, but for these: small enough for another process."""
+
+  layout: _Layout
+  seed: int | None    # of the epochs' orders; None: one pass in the given order
+
+  def rows(self, tokens, starts) -> "_Rows":
+    return _Rows(tokens, starts, self.layout, self.seed)
 
 
 class _Rows:
@@ -278,35 +314,39 @@ class _Rows:
   Args:
     tokens: integers [tokens], all documents end to end.
     starts: i64 [documents + 1], where each begins.
-    seq_len: T.
-    packing: several documents per row, or one.
+    layout: how documents fill rows.
     seed: of the epochs' orders, or None.
   """
 
-  def __init__(self, tokens, starts, seq_len, packing, seed):
+  def __init__(self, tokens, starts, layout: _Layout, seed):
     self.tokens, self.starts, self.seed = tokens, starts, seed
-    self._seq_len, self._packing, self._one_pass = seq_len, packing, seed is None
+    self._seq_len, self._packing, alignment = layout
+    self._one_pass = seed is None
     self._lengths = np.diff(starts)
-    # A document of n tokens holds n - 1 predictions, T to a row; one token alone still has a row.
-    self._pieces = np.where(self._lengths > 0, np.maximum(1, -(-(self._lengths - 1) // seq_len)), 0)
-    self._order = _EndlessOrder(self._lengths if packing else self._pieces, seed)
+    if self._packing:
+      counts = -(-self._lengths // alignment) * alignment
+    else:   # n tokens hold n - 1 predictions, T to a row; one token alone still has a row
+      counts = np.where(self._lengths > 0, np.maximum(1, -(-(self._lengths - 1) // self._seq_len)),
+                        0)
+    self._order = _EndlessOrder(counts, seed)
 
   @property
   def per_pass(self) -> int:
     """Rows that one pass over the documents fills, the last perhaps in part."""
     return -(-self._order.total // self._seq_len) if self._packing else self._order.total
 
-  def save(self, folder: str):
-    """Writes the tokens where `load` maps them from."""
-    np.save(pathlib.Path(folder, "tokens.npy"), self.tokens)
-    np.save(pathlib.Path(folder, "starts.npy"), self.starts)
+  @property
+  def padding_share(self) -> float:
+    """The share of the places in one pass that hold no token."""
+    if self._packing:
+      return 1 - self._lengths.sum() / self._order.total
+    targets_alone = (self._lengths > 1) & ((self._lengths - 1) % self._seq_len == 0)
+    return 1 - (self._lengths.sum() - targets_alone.sum()) / (self._order.total * self._seq_len)
 
-  @classmethod
-  def load(cls, folder: str, seq_len: int, packing: bool, seed: int) -> "_Rows":
-    """The saved rows, memory-mapped."""
-    tokens, starts = (np.load(pathlib.Path(folder, name), mmap_mode="r")
-                      for name in ("tokens.npy", "starts.npy"))
-    return cls(tokens, starts, seq_len, packing, seed)
+  def save(self, folder: str):
+    """Writes the tokens where `_mapped_rows` maps them from."""
+    for name, array in zip(_FILES, (self.tokens, self.starts)):
+      np.save(pathlib.Path(folder, name), array)
 
   def take(self, numbers: np.ndarray) -> Batch:
     """Rows `numbers`, i64 [R], as a batch of R; past the end of a single pass they are padding."""
@@ -314,15 +354,17 @@ class _Rows:
     if self._packing:
       at = numbers[:, None] * self._seq_len + columns
       visit, document, offset = self._order.locate(at)
-      present = at < self._order.total if self._one_pass else np.ones_like(at, bool)
+      present = offset < self._lengths[document]
+      if self._one_pass:
+        present &= at < self._order.total
     else:
       visit, document, piece = (x[:, None] for x in self._order.locate(numbers))
       offset = piece * self._seq_len + columns
       present = offset < self._lengths[document]
       if self._one_pass:
         present &= numbers[:, None] < self._order.total
-      offset = np.where(present, offset, 0)
       visit = np.broadcast_to(visit, offset.shape)
+    offset = np.where(present, offset, 0)
     tokens = np.where(present, self.tokens[self.starts[document] + offset], 0)
     return _batch(tokens, np.where(present, visit, -1))
 
@@ -338,7 +380,7 @@ def _batch(tokens, visit) -> Batch:
   return Batch(
     tokens=tokens[:, :-1].astype(np.int32),
     targets=np.where(predicts, tokens[:, 1:], 0).astype(np.int32),
-    segment_ids=np.where(text, np.cumsum(opens, axis=1), 0).astype(np.int32),
+    segment_ids=np.where(text, np.cumsum(opens & text, axis=1), 0).astype(np.int32),
     positions=np.where(text, columns - opened_at, 0).astype(np.int32),
     weights=predicts.astype(np.float32))
 

@@ -1,9 +1,10 @@
 """Rows of recall tasks for training, made by the generator that evaluation uses.
 
 A row is cut into equal pieces, T, T/2, T/4, ... tokens each, one sample to a piece, each a document
-of its own. The first rows can be kept to short pieces: many small puzzles a step, from which recall
-is learned long before it is from a few long ones. Answers carry loss, and the tokens before them
-`context_weight` each. As a function of (seed, row number) rows can be made anywhere, in any order.
+of its own. With `align_documents` a piece that is not whole key blocks is padded to them. The first
+rows can be kept to short pieces: many small puzzles a step, from which recall is learned long
+before it is from a few long ones. Answers carry loss, and the tokens before them `context_weight`
+each. As a function of (seed, row number) rows can be made anywhere, in any order.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import functools
 
 import numpy as np
 
-from hysparse_jax.config import DataConfig
+from hysparse_jax.config import Config
 from hysparse_jax.errors import UserError
 from hysparse_jax.tasks import token_tasks
 from hysparse_jax.tasks.token_tasks import Ids
@@ -30,6 +31,7 @@ class TaskRows:
     ids: what the tasks are spelled with.
     tasks: which ones, equally often where they fit.
     seq_len: T.
+    alignment: samples start at multiples of this many tokens.
     seed: of the samples.
     weight: that a row's answers have together, as a share of T text tokens.
     context_weight: of each other token that a sample goes on from; a text token has 1.
@@ -40,6 +42,7 @@ class TaskRows:
   ids: Ids
   tasks: tuple[str, ...]
   seq_len: int
+  alignment: int
   seed: int
   weight: float
   context_weight: float
@@ -64,7 +67,8 @@ class TaskRows:
     if number < self.warmup:
       allowed = 1 + number * len(levels) // self.warmup
     length = list(levels)[-allowed:][rng.integers(allowed)]
-    pieces = self.seq_len // length
+    stride = -(-length // self.alignment) * self.alignment
+    pieces = max(1, self.seq_len // stride)
     row = {name: np.zeros(self.seq_len, np.int32)
            for name in ("tokens", "targets", "segment_ids", "positions")}
     row["weights"] = np.zeros(self.seq_len, np.float32)
@@ -73,7 +77,7 @@ class TaskRows:
       task = levels[length][rng.integers(len(levels[length]))]
       made = token_tasks.sample(task, self.ids, length, number * pieces + piece, seed=self.seed,
                                 split="train", text=text)
-      start = piece * length
+      start = piece * stride
       where = slice(start, start + length)
       row["tokens"][where] = made.tokens
       row["segment_ids"][where] = piece + 1
@@ -99,29 +103,31 @@ class TaskRows:
     return at + sum(size * (at >= cut) for cut, size in zip(cuts, sizes))
 
 
-def open_task_rows(cfg: DataConfig, text_size: int) -> TaskRows | None:
+def open_task_rows(cfg: Config, text_size: int) -> TaskRows | None:
   """The task rows of a config, None where it asks for none.
 
   Args:
-    cfg: of the data.
+    cfg: of the run.
     text_size: of the tokenizer; the task ids follow it.
 
   Raises:
     UserError: an unknown task, too few ids, rows too short for every task.
   """
-  if cfg.task_share == 0:
+  data = cfg.data
+  if data.task_share == 0:
     return None
-  tasks = tuple(token_tasks.TASKS) if cfg.tasks == "all" else tuple(cfg.tasks.split(","))
+  tasks = tuple(token_tasks.TASKS) if data.tasks == "all" else tuple(data.tasks.split(","))
   for task in tasks:
     token_tasks.check_task(task)
-  if cfg.task_ids < token_tasks.MIN_IDS:
-    raise UserError(f"data.task_ids is {cfg.task_ids}; the tasks need at least "
+  if data.task_ids < token_tasks.MIN_IDS:
+    raise UserError(f"data.task_ids is {data.task_ids}; the tasks need at least "
                     f"{token_tasks.MIN_IDS}")
-  rows = TaskRows(Ids(text_size, cfg.task_ids), tasks, cfg.seq_len, cfg.seed, cfg.task_weight,
-                  cfg.task_context_weight, cfg.task_positions,
-                  warmup=task_rows_before(cfg.task_warmup_steps * cfg.batch_size, cfg.task_share))
+  rows = TaskRows(
+    Ids(text_size, data.task_ids), tasks, data.seq_len, cfg.document_alignment, data.seed,
+    data.task_weight, data.task_context_weight, data.task_positions,
+    warmup=task_rows_before(data.task_warmup_steps * data.batch_size, data.task_share))
   if not rows.levels():
-    raise UserError(f"data.seq_len={cfg.seq_len} is too short for every task of data.tasks; "
+    raise UserError(f"data.seq_len={data.seq_len} is too short for every task of data.tasks; "
                     f"give at least {SHORTEST}")
   return rows
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference.sampling import generate
-from hysparse_jax.model.transformer import Transformer, token_losses
+from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.training.losses import token_losses
 
 KEY_LETTERS = 4
 VALUE_LETTERS = 5

@@ -18,7 +18,8 @@ import numpy as np
 
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference.sampling import generate
-from hysparse_jax.model.transformer import Transformer, positions_within
+from hysparse_jax.model.layers import positions_within
+from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.tasks import scores, text_tasks, token_tasks
 from hysparse_jax.tasks.token_tasks import Ids
 

@@ -2,16 +2,21 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from hysparse_jax.config import ModelConfig
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference.text_stream import TextStream
+from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.transformer import Transformer, check_tokens
 
-PREFILL_CHUNK = 512   # tokens per prefill call, so that long prompts compile once
+PREFILL_CHUNK = 512   # tokens per prefill call of longer prompts
+SHORTEST = 64         # tokens that a cache has room for at least
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
@@ -45,14 +50,43 @@ def sample_token(logits, key, *, temperature: float = 1.0, top_k: int = 0, top_p
   return jnp.where(broken, -1, token).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _prefill(model: Transformer, tokens, cache, lengths):
-  return model.prefill(tokens, cache, lengths)
+def padded_length(tokens: int) -> int:
+  """The next of 64, 96, 128, 192, 256, 384, ...: shapes that prompts of many lengths share.
+
+  At most half of it more than asked for, and two programs for each doubling of the length.
+  """
+  power = 1 << max(tokens - 1, SHORTEST - 1).bit_length()
+  return power * 3 // 4 if SHORTEST <= tokens <= power * 3 // 4 else power
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _decode(model: Transformer, tokens, cache):
-  return model.decode(tokens, cache)
+class _Programs(NamedTuple):
+  """The jitted calls of one model; every cache they return has the same placement."""
+
+  empty_cache: Callable   # (batch, max_tokens) -> DecodeState
+  prefill: Callable       # (model, tokens i32 [B, T], cache, lengths i32 [B]) -> logits, cache
+  decode: Callable        # (model, tokens i32 [B], cache) -> logits, cache
+
+
+def _programs_of(model: Transformer) -> _Programs:
+  place = jax.tree.leaves(model)[0].sharding
+  return _programs(model.cfg, place.mesh if isinstance(place, NamedSharding) else None)
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> _Programs:
+  """Jits the calls for weights on `mesh`, or for weights that no mesh was named for.
+
+  A cache that is not placed like the one that prefill returns would compile prefill once more.
+  """
+  places = None
+  if mesh is not None:
+    places = kv_cache.shardings(jax.eval_shape(lambda: kv_cache.init_cache(cfg, 1, 1)), mesh)
+  jit = functools.partial(jax.jit, donate_argnames="cache", out_shardings=(None, places))
+  return _Programs(
+    empty_cache=jax.jit(functools.partial(kv_cache.init_cache, cfg), static_argnums=(0, 1),
+                        out_shardings=places),
+    prefill=jit(lambda model, tokens, cache, lengths: model.prefill(tokens, cache, lengths)),
+    decode=jit(lambda model, tokens, cache: model.decode(tokens, cache)))
 
 
 def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: float = 1.0,
@@ -85,13 +119,14 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
   prompt = prompt.astype(np.int32)
   _check_settings(max_new_tokens, temperature, top_k, top_p)
   batch, length = prompt.shape
-  cache = model.init_cache(batch, length + max_new_tokens)
-  for start in range(0, length, PREFILL_CHUNK):
-    chunk = prompt[:, start:start + PREFILL_CHUNK]
+  programs = _programs_of(model)
+  cache = programs.empty_cache(batch, padded_length(length + max_new_tokens))
+  size = min(padded_length(length), PREFILL_CHUNK)
+  for start in range(0, length, size):
+    chunk = prompt[:, start:start + size]
     used = chunk.shape[1]
-    if length > PREFILL_CHUNK:
-      chunk = np.pad(chunk, ((0, 0), (0, PREFILL_CHUNK - used)))
-    logits, cache = _prefill(model, chunk, cache, np.full((batch,), used, np.int32))
+    chunk = np.pad(chunk, ((0, 0), (0, size - used)))
+    logits, cache = programs.prefill(model, chunk, cache, np.full((batch,), used, np.int32))
   key = jax.random.key(seed)
   done = np.zeros((batch,), bool)
   out = []
@@ -107,7 +142,7 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     done |= np.isin(tokens, stop_tokens)
     if ended or done.all() or index == max_new_tokens - 1:
       break
-    logits, cache = _decode(model, tokens, cache)
+    logits, cache = programs.decode(model, tokens, cache)
   return np.stack(out, axis=1)
 
 
@@ -116,8 +151,8 @@ def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: in
                   **settings) -> str:
   """Continues a text: what follows `prompt`, up to and without the first `stop`.
 
-      cfg, model, tokenizer, step = load_run("runs/tiny")       # of hysparse_jax.inference
-      print(generate_text(model, tokenizer, "def main(", 200, temperature=0.8, seed=1))
+      run = load_run("runs/tiny")       # of hysparse_jax.inference.load
+      print(generate_text(run.model, run.tokenizer, "def main(", 200, temperature=0.8, seed=1))
 
   Args:
     model: a Transformer.

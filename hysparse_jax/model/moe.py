@@ -2,8 +2,9 @@
 
 `Experts` stands where `layers.Mlp` does and has its call signature. Rows (one per token and chosen
 expert) are sorted by expert and multiplied group by group, so the work is k / E of a dense layer
-with all experts. Under a mesh the experts are split over its `expert` axis and their F over
-`tensor`; the result and every gradient are those of one device.
+with all experts. Padding is in no group and in no statistic. Under a mesh the experts are split
+over its `expert` axis and their F over `tensor`; the result and every gradient are those of one
+device.
 
 Axis letters: B batch, T tokens, S = B T tokens of a device, k experts per token, R = S k rows,
 D model, E experts, F ffn of one expert.
@@ -22,16 +23,18 @@ from hysparse_jax.config import ModelConfig, MoeConfig
 from hysparse_jax.errors import UserError
 from hysparse_jax.model.layers import scaled_normal, weight, zeros
 from hysparse_jax.sharding import BATCH_AXES
+from pallas_kernels import implementations
 
 TOKEN_AXES = (*BATCH_AXES, "context")   # the mesh axes that split tokens
 
 
 class RouterStats(NamedTuple):
-  """What a router reports; all float32, over the whole batch however it is sharded."""
+  """What a router reports; all float32, over the valid tokens of the whole batch however it is
+  sharded; all 0 where there are none."""
 
   load_balance_loss: jax.Array   # []; 1 when balanced (Switch Transformer, eq. 4, without alpha)
   router_z_loss: jax.Array       # [] (ST-MoE, eq. 5)
-  expert_load: jax.Array         # [E], share of the rows each expert got; sums to 1
+  expert_load: jax.Array         # [E], share of the rows of each expert; sums to 1
 
 
 class Experts(nnx.Module):
@@ -52,6 +55,11 @@ class Experts(nnx.Module):
   def __call__(self, x, valid=None):
     """[B, T, D] -> ([B, T, D] in x's dtype, RouterStats).
 
+    Args:
+      x: [B, T, D].
+      valid: bool [B, T], False for padding: no expert is given the token, no statistic counts it,
+        its output is 0. None: all are valid.
+
     Raises:
       UserError: the mesh in use does not divide E, F or the batch.
     """
@@ -60,14 +68,14 @@ class Experts(nnx.Module):
     forward = functools.partial(_forward, cfg=self.cfg)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-      return forward(x, self.router[...], bias, *weights)
+      return forward(x, valid, self.router[...], bias, *weights)
     _check_mesh(mesh.shape, x.shape, self.cfg)
     tokens = P(BATCH_AXES, "context", None)
     return jax.shard_map(
       functools.partial(forward, sharded=True),
-      in_specs=(tokens, P(), P(), P("expert", None, "tensor"), P("expert", None, "tensor"),
-                P("expert", "tensor", None)),
-      out_specs=(tokens, P()))(x, self.router[...], bias, *weights)
+      in_specs=(tokens, P(BATCH_AXES, "context"), P(), P(), P("expert", None, "tensor"),
+                P("expert", None, "tensor"), P("expert", "tensor", None)),
+      out_specs=(tokens, P()))(x, valid, self.router[...], bias, *weights)
 
 
 def updated_router_bias(bias, expert_load, rate: float):
@@ -84,11 +92,12 @@ def updated_router_bias(bias, expert_load, rate: float):
   return bias + rate * jnp.sign(1.0 / bias.shape[-1] - expert_load)
 
 
-def _forward(x, router, bias, w_gate, w_up, w_out, *, cfg: MoeConfig, sharded=False):
+def _forward(x, valid, router, bias, w_gate, w_up, w_out, *, cfg: MoeConfig, sharded=False):
   """The layer on one device: of all experts, or of this device's share (`sharded`).
 
   Args:
     x: [B, T, D], this device's tokens.
+    valid: bool [B, T] or None.
     router: f32 [D, E].
     bias: f32 [E] or None.
     w_gate, w_up: [E here, D, F here]; w_out: [E here, F here, D].
@@ -97,45 +106,50 @@ def _forward(x, router, bias, w_gate, w_up, w_out, *, cfg: MoeConfig, sharded=Fa
   """
   B, T, D = x.shape
   x = x.reshape(B * T, D)
-  weights, experts, stats = route(x, router, bias, cfg)
+  with jax.named_scope("router"):
+    weights, experts, sums = route(x, None if valid is None else valid.reshape(B * T), router,
+                                   bias, cfg)
   if sharded:
-    stats = _global_stats(stats)
+    sums = jax.tree.map(lambda a: lax.psum(a, TOKEN_AXES), sums)
     x, weights, experts = (lax.all_gather(a, "expert", tiled=True) for a in (x, weights, experts))
     experts = experts - lax.axis_index("expert") * w_gate.shape[0]
-  y = _apply_experts(x, weights, experts, w_gate, w_up, w_out)
+  with jax.named_scope("experts"):
+    y = _apply_experts(x, weights, experts, w_gate, w_up, w_out)
   if sharded:
     y = lax.psum(lax.psum_scatter(y, "expert", tiled=True), "tensor")
-  return y.reshape(B, T, D), RouterStats(_load_balance_loss(stats), *stats[1:])
+  return y.reshape(B, T, D), _router_stats(sums, cfg.experts_per_token)
 
 
-class _Means(NamedTuple):
-  """Means over tokens that `RouterStats` is made of."""
+class _Sums(NamedTuple):
+  """Sums over valid tokens that `RouterStats` is made of; all float32."""
 
-  prob: jax.Array            # [E]
-  router_z_loss: jax.Array   # []
-  expert_load: jax.Array     # [E]
-
-
-def _global_stats(stats: _Means) -> _Means:
-  return jax.tree.map(lambda a: lax.pmean(a, TOKEN_AXES), stats)
+  tokens: jax.Array    # [], how many
+  prob: jax.Array      # [E], of the probabilities
+  rows: jax.Array      # [E], rows of each expert
+  z: jax.Array         # [], of the squared log-sum-exp
 
 
-def _load_balance_loss(stats: _Means):
-  """`E sum_e load_e prob_e`: load carries no gradient, prob does."""
-  return stats.prob.size * jnp.sum(stats.expert_load * stats.prob)
+def _router_stats(sums: _Sums, experts_per_token: int) -> RouterStats:
+  """Means; the balance loss is `E sum_e load_e prob_e`, whose gradient goes through prob alone."""
+  tokens = jnp.maximum(sums.tokens, 1.0)
+  load = sums.rows / (tokens * experts_per_token)
+  balance = load.size * jnp.sum(load * (sums.prob / tokens))
+  return RouterStats(balance, sums.z / tokens, load)
 
 
-def route(x, router, bias, cfg: MoeConfig):
+def route(x, valid, router, bias, cfg: MoeConfig):
   """Chooses k experts per token; ties go to the lower expert.
 
   Args:
     x: [S, D].
+    valid: bool [S], or None: all.
     router: f32 [D, E].
     bias: f32 [E] added to the probabilities for the choice alone, or None.
     cfg: k, and whether the k weights are normalised.
 
   Returns:
-    weights f32 [S, k], experts i32 [S, k], and the means over these S tokens.
+    weights f32 [S, k], experts i32 [S, k], E where a token is not valid, and sums over those of
+    these S tokens that are.
   """
   E = router.shape[-1]
   logits = jnp.dot(x.astype(jnp.float32), router, precision=lax.Precision.HIGHEST)
@@ -143,13 +157,20 @@ def route(x, router, bias, cfg: MoeConfig):
   probs = jnp.exp(logits - log_z)
   scores = probs if bias is None else probs + bias
   experts = lax.top_k(lax.stop_gradient(scores), cfg.experts_per_token)[1]
+  if valid is None:
+    valid = jnp.ones(x.shape[:1], bool)
+  experts = jnp.where(valid[:, None], experts, E)
   # A compare-and-sum instead of a gather: it fuses, and its transpose is no scatter.
   chosen = experts[:, :, None] == jnp.arange(E)
   weights = jnp.sum(jnp.where(chosen, probs[:, None, :], 0.0), axis=-1)
   if cfg.normalize_weights:
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-  load = jnp.sum(chosen, axis=(0, 1), dtype=jnp.float32) / experts.size
-  return weights, experts, _Means(jnp.mean(probs, axis=0), jnp.mean(jnp.square(log_z)), load)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(valid[:, None], total, 1.0)
+  return weights, experts, _Sums(
+    tokens=jnp.sum(valid, dtype=jnp.float32),
+    prob=jnp.sum(jnp.where(valid[:, None], probs, 0.0), axis=0),
+    rows=jnp.sum(chosen, axis=(0, 1), dtype=jnp.float32),
+    z=jnp.sum(jnp.where(valid, jnp.square(log_z[:, 0]), 0.0)))
 
 
 def _apply_experts(x, weights, experts, w_gate, w_up, w_out):
@@ -158,7 +179,7 @@ def _apply_experts(x, weights, experts, w_gate, w_up, w_out):
   Args:
     x: [S, D].
     weights: f32 [S, k].
-    experts: i32 [S, k]; one outside [0, E here) lives on another device and adds nothing.
+    experts: i32 [S, k]; one outside [0, E here) is another device's, or padding's, and adds 0.
     w_gate, w_up, w_out: [E here, ...].
 
   Returns:
@@ -216,7 +237,7 @@ def grouped_matmul(x, w, group_sizes, *,
     group_sizes: i32 [E], rows of each group; their sum may be less than R.
     implementation: "blocked" loops over blocks of rows, and costs what the groups need;
       "ragged_dot" is `lax.ragged_dot`, native on TPU, but E times the work on CPU. None picks by
-      the platform compiled for.
+      the platform that is traced for.
 
   Returns:
     [R, F] in x's dtype; 0 in the rows after the last group.
@@ -257,7 +278,7 @@ _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 def _pick(implementation, blocked, ragged):
   if implementation is None:
-    return lambda *args: lax.platform_dependent(*args, cpu=blocked, default=ragged)
+    implementation = "blocked" if implementations._platform() == "cpu" else "ragged_dot"
   return {"blocked": blocked, "ragged_dot": ragged}[implementation]
 
 

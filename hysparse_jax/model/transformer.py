@@ -1,10 +1,7 @@
-"""Embedding, hybrid stack, head and loss: one forward for training, prefill and decoding.
+"""Embedding, hybrid stack and head: one forward for training, prefill and decoding.
 
 Axis letters: B batch, T tokens, D model, V vocab.
 """
-
-import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,7 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.cache import DecodeState
 from hysparse_jax.model.decoder_layer import TokenContext
-from hysparse_jax.model.hybrid import HybridStack, by_layer
+from hysparse_jax.model.hybrid import HybridStack
 from hysparse_jax.model.layers import ones, positions_within, rms_norm, scaled_normal, weight
 from hysparse_jax.sharding import STREAM, constrain
 from pallas_kernels import implementations
@@ -151,67 +148,6 @@ def check_tokens(tokens, vocab_size: int):
   if outside.any():
     raise UserError(f"token {int(tokens[outside][0])} is outside the vocabulary of "
                     f"{vocab_size}; tokens are 0 to {vocab_size - 1}")
-
-
-class LossStats(NamedTuple):
-  """Sums over one batch, so that micro-batches and hosts can be added up."""
-
-  nll: jax.Array                   # f32 [], sum of weights * negative log-likelihood, nats
-  weight: jax.Array                # f32 [], sum of weights
-  z: jax.Array                     # f32 [], sum of weights * logsumexp ** 2
-  layers: tuple                    # of the stack, see `hybrid.by_layer`
-
-
-def loss(model: Transformer, batch, *, z_loss: float = 0.0, chunk: int = 0, denominator=None):
-  """Mean next-token loss plus the auxiliary losses the config asks for.
-
-  Args:
-    model: a Transformer.
-    batch: has tokens, targets, segment_ids, positions i32 [B, T] and weights f32 [B, T].
-    z_loss: weight of the mean of logsumexp(logits) ** 2 (PaLM, section 5).
-    chunk: tokens per row whose logits exist at once, a divisor of T; 0: all.
-    denominator: f32 [], what the weighted sum is divided by; None: the sum of this batch's
-      weights. Micro-batches of one step divide by the sum over all of them.
-
-  Returns:
-    f32 [] in nats per token, and `LossStats`.
-  """
-  hidden, stats = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-  nll, z = token_losses(model, hidden, batch.targets, chunk)
-  weight_sum = jnp.sum(batch.weights)
-  nll, z = jnp.sum(nll * batch.weights), jnp.sum(z * batch.weights)
-  total = (nll + z_loss * z) / jnp.maximum(weight_sum if denominator is None else denominator, 1.0)
-  if model.cfg.moe is not None:
-    routers = [layer.router for layer in by_layer(model.cfg, stats)]
-    balance = sum(router.load_balance_loss for router in routers) / len(routers)
-    router_z = sum(router.router_z_loss for router in routers) / len(routers)
-    total += model.cfg.moe.load_balance_weight * balance + model.cfg.moe.router_z_weight * router_z
-  return total, LossStats(nll, weight_sum, z, stats)
-
-
-@jax.named_scope("loss")
-def token_losses(model: Transformer, hidden, targets, chunk: int = 0):
-  """hidden [B, T, D], targets i32 [B, T] -> negative log-likelihood and logsumexp ** 2, [B, T]."""
-  def of(hidden, targets):
-    logits = model.logits(hidden)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return lse - picked, jnp.square(lse)
-
-  T = targets.shape[1]
-  if chunk in (0, T):
-    return of(hidden, targets)
-  split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], T // chunk, chunk, *x.shape[2:]), 1, 0)
-  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], T)
-  nll, z = jax.lax.map(jax.checkpoint(lambda args: of(*args)), (split(hidden), split(targets)))
-  return join(nll), join(z)
-
-
-@functools.partial(jax.jit, static_argnames="chunk")
-def evaluate_batch(model: Transformer, batch, chunk: int = 0):
-  """The token losses f32 [B, T] in nats of one batch, no gradient."""
-  hidden, _ = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-  return token_losses(model, hidden, batch.targets, chunk)[0]
 
 
 def implementations_of(cfg: ModelConfig, batch: int, tokens: int, *,

@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from hysparse_jax.errors import UserError
+from hysparse_jax.training import upgrade
 
 TMP_MARK = ".orbax-checkpoint-tmp"   # in the name of what Orbax has not committed
 REJECTED = "rejected_"               # prefix of a damaged checkpoint moved out of the way
@@ -150,7 +151,8 @@ class Checkpoints:
   def __exit__(self, *error):
     self.close()
 
-  def restore(self, target, step: int | None = None, *, report: Callable[[str], None] = print):
+  def restore(self, target, step: int | None = None, *, partial: bool = False,
+              report: Callable[[str], None] = print):
     """The newest checkpoint that is whole, or the one asked for.
 
     A damaged checkpoint is reported and, unless read_only, renamed to `rejected_<step>` once an
@@ -160,6 +162,8 @@ class Checkpoints:
       target: the state as `jax.ShapeDtypeStruct` leaves with shardings (`abstract_state`); any
         mesh will do, whatever the checkpoint was saved on.
       step: only this one; None falls back from the newest.
+      partial: `target` is a part of the state, such as `{"model": ...}`; the rest is not read, and
+        damage there is not seen.
       report: called with one line for every damaged checkpoint.
 
     Returns:
@@ -177,7 +181,7 @@ class Checkpoints:
     rejected = []
     for candidate in reversed(steps) if step is None else (step,):
       try:
-        state, extra = self._load(candidate, target)
+        state, extra = self._load(candidate, target, partial)
       except _DamagedError as damage:
         rejected.append(candidate)
         report(f"checkpoint {candidate} rejected: {damage}")
@@ -202,10 +206,11 @@ class Checkpoints:
     except _DamagedError as damage:
       return [str(damage)]
 
-  def _load(self, step, target):
+  def _load(self, step, target, partial):
     manifest = self._read_manifest(step)
     names, leaves = _named_leaves(target)
-    _check_same_model(manifest["leaves"], names, leaves, step)
+    names = upgrade.saved_names(names, manifest["leaves"])
+    _check_same_model(manifest["leaves"], names, leaves, step, partial)
     abstract = _nest(names, [_plain_target(leaf) for leaf in leaves])
     arrays = self._read_arrays(step, names, abstract,
                                ocp.checkpoint_utils.construct_restore_args(abstract))
@@ -226,7 +231,8 @@ class Checkpoints:
     raise _DamagedError(message)
 
   def _read_arrays(self, step, names, item, restore_args) -> list:
-    tree = self._read(step, state=ocp.args.PyTreeRestore(item, restore_args=restore_args)).state
+    tree = self._read(step, state=ocp.args.PyTreeRestore(item, restore_args=restore_args,
+                                                         partial_restore=True)).state
     arrays = []
     for name in names:
       node = tree
@@ -350,10 +356,16 @@ def _differences(entries, arrays) -> list[str]:
           if entry["sha256"] != digest]
 
 
-def _check_same_model(entries, names, leaves, step):
-  """Raises a UserError where a whole checkpoint is not the state that is wanted."""
+def _check_same_model(entries, names, leaves, step, partial):
+  """Raises a UserError where the leaves of a checkpoint are not those that are wanted.
+
+  Of a part of the state (`partial`) only the groups that the target names are compared, such as
+  all of `model/`.
+  """
   wanted = {"/".join(name): f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in zip(names, leaves)}
-  saved = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in entries.items()}
+  groups = {name[0] for name in names}
+  saved = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in entries.items()
+           if not partial or name.split("/")[0] in groups}
   for name in [*wanted, *saved]:
     if wanted.get(name) != saved.get(name):
       there, here = saved.get(name, "absent"), wanted.get(name, "absent")

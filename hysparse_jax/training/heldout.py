@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hysparse_jax.errors import UserError
-from hysparse_jax.model.transformer import Transformer, evaluate_batch
+from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.training.losses import evaluate_batch
 
 FIRST_BUCKET = 64   # tokens of the first position bucket; each later one ends at twice the last
 

@@ -1,7 +1,6 @@
 """The training loop: config, mesh, data, model, restore, step, evaluation, in that order."""
 
 import math
-import signal
 
 import jax
 import numpy as np
@@ -9,15 +8,21 @@ import numpy as np
 from hysparse_jax import accounting, config, sharding
 from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
-from hysparse_jax.model.hybrid import by_layer
-from hysparse_jax.training import metrics, optim, run
+from hysparse_jax.training import losses, metrics, run
 from hysparse_jax.training import step as train_step
 from hysparse_jax.training.checkpoint import Checkpoints
 from hysparse_jax.training.heldout import heldout
+from hysparse_jax.training.signals import StopOnSigterm
 
 
-def train(cfg: config.Config, workdir) -> dict:
+def train(cfg: config.Config, workdir,
+          objective: losses.Objective = losses.next_token) -> dict:
   """Runs `cfg` in `workdir` to its last step, from its newest good checkpoint if there is one.
+
+  Args:
+    cfg: of the run.
+    workdir: its folder, made if missing.
+    objective: what a step minimises.
 
   Returns:
     step, preempted (SIGTERM ended it early), tokens_per_second (median over log intervals) and,
@@ -31,44 +36,55 @@ def train(cfg: config.Config, workdir) -> dict:
   mesh = sharding.make_mesh(cfg.mesh)
   sharding.check_divisible(cfg, mesh)
   tokenizer = data.load_tokenizer(cfg.data)
-  ids = tokenizer.vocab_size + (cfg.data.task_ids if cfg.data.task_share else 0)
-  if ids > cfg.model.vocab_size:
-    extra = f" and data.task_ids={cfg.data.task_ids}" if cfg.data.task_share else ""
-    raise UserError(f"model.vocab_size={cfg.model.vocab_size} is smaller than the tokenizer's "
-                    f"{tokenizer.vocab_size}{extra}; set model.vocab_size to at least {ids}")
-  stream = data.TrainStream(cfg.data, jax.process_index(), jax.process_count())
-  heldout_batches = data.heldout_batches(cfg.data, cfg.train.eval_batches)
+  _check_vocabulary(cfg, tokenizer)
+  stream = data.TrainStream(cfg, jax.process_index(), jax.process_count())
+  # As many rows at once as a micro-batch has, so that evaluation needs no more memory.
+  parts = cfg.train.grad_accum
+  heldout_batches = data.heldout_batches(cfg, cfg.train.eval_batches * parts,
+                                         cfg.data.batch_size // parts)
   workdir = run.prepare(workdir)
 
   # What this will cost, before it costs it.
   account = accounting.account(cfg.model, cfg.data.seq_len)
-  print(accounting.summary(cfg.model, cfg.data.seq_len), flush=True)
+  print(accounting.summary(cfg.model, cfg.data.seq_len))
+  print(f"rows of text: {stream.tokens_per_epoch:,} tokens an epoch, "
+        f"{stream.padding_share:.2%} of the places are padding", flush=True)
 
   # Model, optimizer and step, jitted once with explicit shardings, on one device too.
-  program = train_step.build(cfg, mesh)
-  rate = optim.schedule(cfg.optim, cfg.train.steps, cfg.optim.lr)
+  program = train_step.build(cfg, mesh, objective)
 
   def place(batch):
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(
       program.batch_sharding, rows), batch)
 
-  with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints",
-                                       keep=cfg.train.keep_checkpoints) as checkpoints:
-    state, start = _restore_or_init(cfg, workdir, program, checkpoints, stream)
+  with (jax.set_mesh(mesh),
+        Checkpoints(workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as checkpoints):
+    # The newest good checkpoint, or new weights.
+    if checkpoints.latest_step() is None:
+      state, start = program.init(jax.random.key(cfg.train.seed)), 0
+    else:
+      changes = run.check_same_model(workdir, cfg)
+      state, extra, start = checkpoints.restore(program.abstract_state, report=run.warn)
+      data.check_fingerprint(extra["data"], stream.fingerprint)
+      if start > cfg.train.steps:
+        raise UserError(f"the run in {workdir} is at step {start}, beyond "
+                        f"train.steps={cfg.train.steps}; raise it or give another --workdir")
+      print("; ".join([f"resumed at step {start}", *changes]), flush=True)
     run.write_config(workdir, cfg)
 
     with (metrics.MetricsLog(workdir, resume_step=start, tensorboard=cfg.train.tensorboard) as log,
           metrics.TrainProgress(cfg.train.steps, account.train_flops_per_token) as progress,
-          _StopOnSigterm() as stop):
+          StopOnSigterm() as stop):
 
       def evaluate(step):
         result = heldout(state.model, heldout_batches, tokenizer, cfg.train.loss_chunk,
                          place=place)
-        log.write(step, heldout_loss=result.loss, bits_per_byte=result.bits_per_byte)
+        figures = {"heldout_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        log.write(step, **figures)
         progress.note(f"held-out at step {step}: {result.loss:.4f} nats/token, "
                       f"{result.bits_per_byte:.4f} bits/byte")
         progress.restart(step)
-        return {"heldout_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+        return figures
 
       step, pending, speeds = start, [], []
       for step, batch in zip(range(start + 1, cfg.train.steps + 1), stream.iterator(start)):
@@ -79,9 +95,14 @@ def train(cfg: config.Config, workdir) -> dict:
           progress.restart(step)
         last = step == cfg.train.steps or stop.requested   # read once: a signal may come any time
         if step % cfg.train.log_every == 0 or last:
-          speeds += _log(cfg, log, progress, step, jax.device_get(pending), rate)
-          _stop_if_broken(cfg, workdir, step, jax.device_get(pending), stream)
-          pending = []
+          results, pending = jax.device_get(pending), []
+          rows = metrics.step_rows(cfg.model, results, step)
+          rows[-1] |= progress.update(step, rows[-1]["loss"], cfg.data.batch_size *
+                                      cfg.data.seq_len, rows[-1]["skipped"])
+          speeds += [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+          for row in rows:
+            log.write(**row)
+          _stop_if_broken(cfg, workdir, step, results, stream)
         if cfg.train.eval_every and step % cfg.train.eval_every == 0 and not last:
           evaluate(step)
         if last or (cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0):
@@ -104,40 +125,12 @@ def train(cfg: config.Config, workdir) -> dict:
   return figures
 
 
-def _restore_or_init(cfg, workdir, program, checkpoints, stream):
-  """The state to go on from, and the step it is at."""
-  if checkpoints.latest_step() is None:
-    return program.init(jax.random.key(cfg.train.seed)), 0
-  run.check_same_model(workdir, cfg)
-  state, extra, step = checkpoints.restore(program.abstract_state, report=run.warn)
-  data.check_fingerprint(extra["data"], stream.fingerprint)
-  if step > cfg.train.steps:
-    raise UserError(f"the run in {workdir} is at step {step}, beyond "
-                    f"train.steps={cfg.train.steps}; raise it or give another --workdir")
-  print(f"resumed at step {step}", flush=True)
-  return state, step
-
-
-def _log(cfg, log, progress, last_step, results, rate):
-  """Writes a row per step of the interval that ends now; its tokens per second, if it has one."""
-  speeds = []
-  for step, result in enumerate(results, last_step - len(results) + 1):
-    row = {"loss": float(result.loss), "grad_norm": float(result.grad_norm),
-           "lr": float(rate(step - 1 - int(result.total_bad))), "skipped": int(result.total_bad)}
-    if step == last_step:
-      layers = by_layer(cfg.model, result.layers)
-      for name in ("gate_sparse", "gate_local"):
-        values = [getattr(layer, name) for layer in layers]
-        if any(value is not None for value in values):
-          row[name] = [None if value is None else float(value) for value in values]
-      if cfg.model.moe is not None:
-        row["expert_load"] = [layer.router.expert_load.tolist() for layer in layers]
-      shown = progress.update(step, row["loss"], cfg.data.batch_size * cfg.data.seq_len,
-                              row["skipped"])
-      speeds = [shown["tokens_per_second"]] if shown else []
-      row |= shown
-    log.write(step, **row)
-  return speeds
+def _check_vocabulary(cfg, tokenizer):
+  ids = tokenizer.vocab_size + (cfg.data.task_ids if cfg.data.task_share else 0)
+  if ids > cfg.model.vocab_size:
+    extra = f" and data.task_ids={cfg.data.task_ids}" if cfg.data.task_share else ""
+    raise UserError(f"model.vocab_size={cfg.model.vocab_size} is smaller than the tokenizer's "
+                    f"{tokenizer.vocab_size}{extra}; set model.vocab_size to at least {ids}")
 
 
 def _stop_if_broken(cfg, workdir, last_step, results, stream):
@@ -150,20 +143,3 @@ def _stop_if_broken(cfg, workdir, last_step, results, stream):
         f"{int(result.consecutive_bad)} steps in a row up to step {step} were skipped: loss "
         f"{float(result.total)}, gradient norm {float(result.grad_norm)}; batch {step - 1} is in "
         f"{path}, the last checkpoint is good; lower optim.lr or raise train.spike_factor")
-
-
-class _StopOnSigterm:
-  """While it is open, SIGTERM asks the loop to save and leave instead of killing it."""
-
-  def __init__(self):
-    self.requested = False
-
-  def __enter__(self):
-    self._previous = signal.signal(signal.SIGTERM, self._request)
-    return self
-
-  def __exit__(self, *error):
-    signal.signal(signal.SIGTERM, self._previous)
-
-  def _request(self, *_):
-    self.requested = True

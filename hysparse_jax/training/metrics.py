@@ -10,7 +10,9 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hysparse_jax.config import ModelConfig
 from hysparse_jax.errors import UserError
+from hysparse_jax.model.hybrid import by_layer
 
 # Dense bf16 FLOP/s per device by `jax.Device.device_kind`, from the vendors' datasheets.
 PEAK_FLOPS = {
@@ -31,6 +33,27 @@ def peak_flops() -> float | None:
   devices = jax.devices()
   one = PEAK_FLOPS.get(devices[0].device_kind)
   return None if one is None else one * len(devices)
+
+
+def step_rows(cfg: ModelConfig, results: list, last_step: int) -> list[dict]:
+  """A JSON-ready row per step; the last one also has gates and expert loads, by layer.
+
+  Args:
+    cfg: of the model.
+    results: `step.Metrics` of consecutive steps, on the host.
+    last_step: of the last of them.
+  """
+  rows = [{"step": step, "loss": float(result.loss), "grad_norm": float(result.grad_norm),
+           "lr": float(result.lr), "skipped": int(result.total_bad)}
+          for step, result in enumerate(results, last_step - len(results) + 1)]
+  layers = by_layer(cfg, results[-1].layers)
+  for name in ("gate_sparse", "gate_local"):
+    values = [getattr(layer, name) for layer in layers]
+    if any(value is not None for value in values):
+      rows[-1][name] = [None if value is None else float(value) for value in values]
+  if cfg.moe is not None:
+    rows[-1]["expert_load"] = [layer.router.expert_load.tolist() for layer in layers]
+  return rows
 
 
 class MetricsLog:

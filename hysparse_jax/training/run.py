@@ -36,6 +36,20 @@ def write_config(workdir: pathlib.Path, cfg: config.Config):
   scratch.replace(workdir / "config.json")
 
 
+# What a config that does not name a field yet was run with, where that is not the default.
+_BEFORE_THE_FIELD = {"data": {"align_documents": False}}
+
+# Fields of the model that a resumed run may change: no weight changes its shape or its meaning.
+# They say how it is computed (remat, implementation, dtype of activations), what else is minimised
+# (weights of the router's losses), or how far it reaches (rope, stretched for longer rows). All
+# others define the function that the weights were trained for: sizes, pattern, selection, window,
+# gates, sinks, norms. `moe.bias_update_rate` decides by being 0 whether there is a bias at all.
+_FREE = ("remat", "implementation", "dtype", "moe.load_balance_weight", "moe.router_z_weight",
+         "moe.bias_update_rate", *(f"{section}.{field}" for section in ("rope", "rope_window")
+                                   for field in ("base", "scaling", "factor", "original_tokens",
+                                                 "beta_fast", "beta_slow")))
+
+
 def read_config(workdir) -> config.Config:
   """The config of the run in `workdir`; a UserError where there is none."""
   path = pathlib.Path(workdir) / "config.json"
@@ -47,19 +61,37 @@ def read_config(workdir) -> config.Config:
   except ValueError as error:
     raise UserError(f"{path} is damaged: {error}; restore it, or start over in another "
                     "--workdir") from error
+  for section, fields in _BEFORE_THE_FIELD.items():
+    values[section] = fields | values.get(section, {})
   return config.from_dict(values)
 
 
-def check_same_model(workdir: pathlib.Path, cfg: config.Config):
-  """Weights and moments stay what they are: a UserError where a resumed run would change them."""
-  old = read_config(workdir)
-  was = config.to_text(old.model).splitlines() + [f"optimizer = {old.optim.optimizer!r}"]
-  now = config.to_text(cfg.model).splitlines() + [f"optimizer = {cfg.optim.optimizer!r}"]
-  lost, new = sorted(set(was) - set(now)), sorted(set(now) - set(was))
-  if lost or new:
-    raise UserError(f"the run in {workdir} has another model or optimizer: it has "
-                    f"{'; '.join(lost) or 'less'}, asked for {'; '.join(new) or 'less'}; "
-                    "restore its settings or give another --workdir")
+def check_same_model(workdir: pathlib.Path, cfg: config.Config) -> list[str]:
+  """Holds what a resumed run asks for to the weights and moments that it has.
+
+  Returns:
+    One `a.b = new (was old)` for each field of the model that differs and may.
+
+  Raises:
+    UserError: another optimizer, or a field of the model that the weights depend on.
+  """
+  was, now = map(_model_lines, (read_config(workdir), cfg))
+  differing = [name for name in dict.fromkeys([*was, *now]) if was.get(name) != now.get(name)]
+  bound = [name for name in differing if name not in _FREE]
+  if bound:
+    spell = lambda lines: "; ".join(
+      f"{name} = {lines[name]}" for name in bound if name in lines) or "less"
+    raise UserError(f"the run in {workdir} has another model or optimizer: it has {spell(was)}, "
+                    f"asked for {spell(now)}; restore its settings or give another --workdir")
+  return [f"model.{name} = {now[name]} (was {was[name]})" for name in differing]
+
+
+def _model_lines(cfg: config.Config) -> dict[str, str]:
+  """Name -> value of every field that `check_same_model` compares."""
+  lines = dict(line.split(" = ", 1) for line in config.to_text(cfg.model).splitlines())
+  if cfg.model.moe is not None:
+    lines["router_bias"] = str(cfg.model.moe.bias_update_rate > 0)
+  return lines | {"optimizer": repr(cfg.optim.optimizer)}
 
 
 def warn(text: str):

@@ -11,15 +11,15 @@ from hysparse_jax import sharding
 from hysparse_jax.config import Config
 from hysparse_jax.data.batches import Batch
 from hysparse_jax.model import moe
-from hysparse_jax.model import transformer as model
-from hysparse_jax.training import checkpoint, guard, optim
+from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.training import checkpoint, guard, losses, optim
 
 
 class TrainState(NamedTuple):
   """Everything a step reads and a checkpoint holds."""
 
   step: jax.Array                # i32 [], batches consumed
-  model: model.Transformer       # float32 weights
+  model: Transformer             # float32 weights
   opt_state: optax.OptState
   guard: guard.GuardState
 
@@ -30,10 +30,11 @@ class Metrics(NamedTuple):
   loss: jax.Array            # f32 [], nats per token, no auxiliary losses
   total: jax.Array           # f32 [], what was differentiated
   grad_norm: jax.Array       # f32 [], before clipping
+  lr: jax.Array              # f32 [], learning rate of the step
   ok: jax.Array              # bool [], False: the step was skipped
   consecutive_bad: jax.Array # i32 []
   total_bad: jax.Array       # i32 []
-  tokens: jax.Array          # f32 [], targets that counted
+  tokens: jax.Array          # f32 [], sum of the targets' weights
   layers: tuple              # see `hybrid.by_layer`
 
 
@@ -46,57 +47,75 @@ class Program(NamedTuple):
   batch_sharding: jax.sharding.NamedSharding
 
 
-def build(cfg: Config, mesh: jax.sharding.Mesh) -> Program:
+def build(cfg: Config, mesh: jax.sharding.Mesh,
+          objective: losses.Objective = losses.next_token) -> Program:
   """Resolves shardings and jits `init` and `step`; call the results under `jax.set_mesh(mesh)`.
+
+  Args:
+    cfg: of the run.
+    mesh: its devices may be absent ones, then nothing can be run.
+    objective: what a step minimises.
 
   Raises:
     UserError: the mesh cannot split the model or the batch.
   """
   sharding.check_divisible(cfg, mesh)
-
-  def new_model(key):
-    return model.Transformer(cfg.model, rngs=nnx.Rngs(key))
-
-  key = jax.eval_shape(lambda: jax.random.key(0))      # nothing runs: the devices may be absent
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    abstract_model = jax.eval_shape(new_model, key)
-  tx = optim.make_optimizer(cfg.optim, cfg.train.steps, abstract_model)
+  tx = optim.make_optimizer(cfg.optim, cfg.train.steps, abstract_model(cfg, mesh))
 
   def init(key):
-    params = new_model(key)
+    params = Transformer(cfg.model, rngs=nnx.Rngs(key))
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), guard.init())
 
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    abstract = jax.eval_shape(init, key)
-  state_sharding = sharding.shardings(abstract, mesh)
+  abstract = _abstract(init, mesh)
+  state_sharding = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   rows = sharding.batch_sharding(mesh)
   everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   return Program(
     init=jax.jit(init, out_shardings=state_sharding),
-    step=jax.jit(lambda state, batch: _step(cfg, tx, state, batch),
+    step=jax.jit(lambda state, batch: _step(cfg, tx, objective, state, batch),
                  in_shardings=(state_sharding, rows), out_shardings=(state_sharding, everywhere),
                  donate_argnums=0),
-    abstract_state=checkpoint.abstract_state(abstract, state_sharding),
+    abstract_state=abstract,
     batch_sharding=rows)
 
 
-def _step(cfg: Config, tx, state: TrainState, batch: Batch):
-  (total, stats), grads = _gradients(cfg, state.model, batch)
-  grad_norm = optax.tree.norm(grads)
-  ok, guarded = guard.judge(state.guard, total, grad_norm, cfg.train.spike_factor)
-  updates, opt_state = tx.update(grads, state.opt_state, state.model)
-  params = optax.apply_updates(state.model, updates)
-  if cfg.model.moe is not None and cfg.model.moe.bias_update_rate > 0:
-    params = _rebalanced(params, stats.layers, cfg.model.moe.bias_update_rate)
-  new_state = TrainState(
-    step=state.step + 1,
-    model=guard.select(ok, params, state.model),
-    opt_state=guard.select(ok, opt_state, state.opt_state),
-    guard=guarded)
+def abstract_model(cfg: Config, mesh: jax.sharding.Mesh) -> Transformer:
+  """The model with a `jax.ShapeDtypeStruct` and its sharding in place of every weight."""
+  return _abstract(lambda key: Transformer(cfg.model, rngs=nnx.Rngs(key)), mesh)
+
+
+def _abstract(init, mesh):
+  """What `init(key)` would return over `mesh`, as `jax.ShapeDtypeStruct`s; nothing is computed."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    shapes = jax.eval_shape(init, key)
+  return checkpoint.abstract_state(shapes, sharding.shardings(shapes, mesh))
+
+
+def _step(cfg: Config, tx, objective, state: TrainState, batch: Batch):
+  with jax.named_scope("gradients"):
+    (total, stats), grads = _gradients(cfg, objective, state.model, batch)
+  with jax.named_scope("guard"):
+    grad_norm = optax.tree.norm(grads)
+    ok, guarded = guard.judge(state.guard, total, grad_norm, cfg.train.spike_factor)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = tx.update(grads, state.opt_state, state.model)
+    params = optax.apply_updates(state.model, updates)
+    if cfg.model.moe is not None and cfg.model.moe.bias_update_rate > 0:
+      params = _rebalanced(params, stats.layers, cfg.model.moe.bias_update_rate)
+    # The optimizer has counted the good steps alone.
+    lr = optim.schedule(cfg.optim, cfg.train.steps, cfg.optim.lr)(
+      state.step - state.guard.total_bad)
+  with jax.named_scope("guard"):
+    new_state = TrainState(
+      step=state.step + 1,
+      model=guard.select(ok, params, state.model),
+      opt_state=guard.select(ok, opt_state, state.opt_state),
+      guard=guarded)
   metrics = Metrics(
-    loss=stats.nll / jnp.maximum(stats.weight, 1.0), total=total, grad_norm=grad_norm, ok=ok,
-    consecutive_bad=guarded.consecutive_bad, total_bad=guarded.total_bad, tokens=stats.weight,
-    layers=stats.layers)
+    loss=stats.nll / jnp.maximum(stats.weight, 1.0), total=total, grad_norm=grad_norm, lr=lr,
+    ok=ok, consecutive_bad=guarded.consecutive_bad, total_bad=guarded.total_bad,
+    tokens=stats.weight, layers=stats.layers)
   return new_state, metrics
 
 
@@ -111,18 +130,17 @@ def _rebalanced(params, layers, rate: float):
   return params
 
 
-def _gradients(cfg: Config, params, batch: Batch):
+def _gradients(cfg: Config, objective, params, batch: Batch):
   """The loss, its statistics and gradient over all micro-batches, divided by all their weights."""
   parts = cfg.train.grad_accum
   denominator = jnp.sum(batch.weights)
 
-  def objective(params, micro):
+  def share(params, micro):
     # Auxiliary losses are means, so each micro-batch's share is its part of the mean over parts.
-    value, stats = model.loss(params, micro, z_loss=cfg.train.z_loss, chunk=cfg.train.loss_chunk,
-                              denominator=denominator * (1.0 / parts))
+    value, stats = objective(cfg.train, params, micro, denominator * (1.0 / parts))
     return value / parts, stats
 
-  gradient = jax.value_and_grad(objective, has_aux=True)
+  gradient = jax.value_and_grad(share, has_aux=True)
   if parts == 1:
     return gradient(params, batch)
   # Rows are dealt round robin, so that each device splits its own rows and none moves.
