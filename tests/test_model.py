@@ -18,12 +18,14 @@ from hysparse_jax.model.decoder_layer import TokenContext
 from hysparse_jax.model.hybrid import FullLayer, SparseLayer, by_layer
 from hysparse_jax.model.layers import positions_within
 from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.training.losses import next_token
 from tests.tolerances import TOLERANCES, assert_close
 
 # Two groups of layers, (full + 2) and a last full one; 8 blocks of 16 keys at T=128, 2 selected.
 SMALL = config.ModelConfig(
   num_layers=4, sparse_per_full=2, d_model=48, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=64,
   vocab_size=64, block_size=16, selected_tokens=32, window=24, qk_norm=True, dtype="float32")
+TRAIN = config.TrainConfig()
 MOE = config.MoeConfig(num_experts=4, experts_per_token=2, d_ff=32)
 NOPE, PARTIAL = config.RopeConfig(fraction=0.0), config.RopeConfig(base=500.0, fraction=0.25)
 
@@ -165,7 +167,7 @@ def lowered(cfg):
   """The program of the loss, and of its gradient where only that can differ."""
   abstract = jax.eval_shape(lambda key: Transformer(cfg, rngs=nnx.Rngs(key)), jax.random.key(0))
   batch = jax.eval_shape(lambda: random_batch((2, 128)))
-  objective = lambda net, batch: model.loss(net, batch)[0]
+  objective = lambda net, batch: next_token(TRAIN, net, batch)[0]
   objective = objective if cfg.remat == "none" else jax.grad(objective)
   return jax.jit(objective).lower(abstract, batch).as_text()
 
@@ -271,7 +273,7 @@ def test_remat_changes_memory_not_values():
   results = []
   for remat in ("none", "layer", "block"):
     net = make(variant(remat=remat))
-    value, grads = jax.jit(jax.value_and_grad(lambda net: model.loss(net, batch)[0]))(net)
+    value, grads = jax.jit(jax.value_and_grad(lambda net: next_token(TRAIN, net, batch)[0]))(net)
     results.append((value, jax.tree.leaves(grads)))
   for value, grads in results[1:]:
     assert_close(value, results[0][0], "same_sum_f32")
@@ -298,8 +300,10 @@ def test_the_head_multiplies_in_the_compute_dtype_both_ways():
 
 def test_loss_in_chunks_and_z_loss():
   net, batch = make(variant(tied_embeddings=True)), random_batch()
-  whole, stats = jax.jit(lambda net: model.loss(net, batch, z_loss=0.01))(net)
-  chunked, _ = jax.jit(lambda net: model.loss(net, batch, z_loss=0.01, chunk=16))(net)
+  with_z = config.TrainConfig(z_loss=0.01)
+  whole, stats = jax.jit(lambda net: next_token(with_z, net, batch))(net)
+  chunked, _ = jax.jit(lambda net: next_token(
+    dataclasses.replace(with_z, loss_chunk=16), net, batch))(net)
   assert_close(chunked, whole, "same_sum_f32")
   logits = np.asarray(forward(net, batch.tokens, batch.segment_ids, batch.positions), np.float64)
   lse = np.log(np.exp(logits).sum(-1))
@@ -345,7 +349,7 @@ def test_bad_tokens_and_full_caches_are_errors():
 
 def test_gates_and_loads_are_reported_by_layer():
   net = make(variant(moe=MOE))
-  _, stats = jax.jit(model.loss)(net, random_batch())
+  _, stats = jax.jit(lambda net, batch: next_token(TRAIN, net, batch))(net, random_batch())
   layers = by_layer(net.cfg, stats.layers)
   assert [layer.gate_sparse is None for layer in layers] == [True, False, False, True]
   for layer in layers:

@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from hysparse_jax.errors import UserError
+from hysparse_jax.training import upgrade
 
 TMP_MARK = ".orbax-checkpoint-tmp"   # in the name of what Orbax has not committed
 REJECTED = "rejected_"               # prefix of a damaged checkpoint moved out of the way
@@ -208,6 +209,7 @@ class Checkpoints:
   def _load(self, step, target, partial):
     manifest = self._read_manifest(step)
     names, leaves = _named_leaves(target)
+    names = upgrade.saved_names(names, manifest["leaves"])
     _check_same_model(manifest["leaves"], names, leaves, step, partial)
     abstract = _nest(names, [_plain_target(leaf) for leaf in leaves])
     arrays = self._read_arrays(step, names, abstract,

@@ -41,11 +41,13 @@ _BEFORE_THE_FIELD = {"data": {"align_documents": False}}
 
 # Fields of the model that a resumed run may change: no weight changes its shape or its meaning.
 # They say how it is computed (remat, implementation, dtype of activations), what else is minimised
-# (weights of the router's losses), or how far it reaches (rope_base, raised for longer rows). All
+# (weights of the router's losses), or how far it reaches (rope, stretched for longer rows). All
 # others define the function that the weights were trained for: sizes, pattern, selection, window,
 # gates, sinks, norms. `moe.bias_update_rate` decides by being 0 whether there is a bias at all.
-_FREE = ("remat", "implementation", "dtype", "rope_base", "moe.load_balance_weight",
-         "moe.router_z_weight", "moe.bias_update_rate")
+_FREE = ("remat", "implementation", "dtype", "moe.load_balance_weight", "moe.router_z_weight",
+         "moe.bias_update_rate", *(f"{section}.{field}" for section in ("rope", "rope_window")
+                                   for field in ("base", "scaling", "factor", "original_tokens",
+                                                 "beta_fast", "beta_slow")))
 
 
 def read_config(workdir) -> config.Config:
