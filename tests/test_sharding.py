@@ -10,10 +10,10 @@ from flax import nnx
 from hysparse_jax import config, sharding
 from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
-from hysparse_jax.model import transformer as model
 from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.training import step as train_step
 from hysparse_jax.training.checkpoint import Checkpoints
+from hysparse_jax.training.losses import next_token
 from tests.test_configs import REPO
 from tests.tolerances import assert_close
 
@@ -34,7 +34,7 @@ def load(name, attention):
 
 @functools.lru_cache
 def batch_of(cfg):
-  return jax.tree.map(np.asarray, data.TrainStream(cfg.data).batch(3))
+  return jax.tree.map(np.asarray, data.TrainStream(cfg).batch(3))
 
 
 @functools.lru_cache
@@ -48,7 +48,7 @@ def gradients(cfg, mesh):
   sharding.check_divisible(cfg, mesh)
 
   def objective(net, batch):
-    return model.loss(net, batch, z_loss=1e-3)[0]
+    return next_token(config.TrainConfig(z_loss=1e-3), net, batch)[0]
 
   net = weights_of(cfg)
   places = sharding.shardings(net, mesh)
