@@ -1,4 +1,8 @@
-"""Every tolerance of the test suite: name -> (rtol, atol), each with its reason."""
+"""Every tolerance of the test suite, each with its reason.
+
+`assert_close` compares element by element; `assert_rows_close` compares attention outputs and
+gradients row by row, so that one wrong row among thousands fails.
+"""
 
 import numpy as np
 
@@ -60,6 +64,66 @@ TOLERANCES = {
   # A weight's gradient in float32 with the same sums fused or split differently.
   "gradient_f32": (1e-5, 1e-5),
 }
+
+# name -> (norm, row, leaf), what `assert_rows_close` allows: the whole leaf's relative error in the
+# 2-norm; and in each row a largest error of `row` times the row's own largest value plus `leaf`
+# times the leaf's. `leaf` covers rows that cancel: dq of a query that sees few keys.
+ROW_TOLERANCES = {
+  # float32 sums of some 100 to 1000 terms, 6e-8 each, against float64.
+  "attention_rows_f32": (3e-6, 1e-5, 3e-6),
+  # The same products of softmax weights with values of both signs, which partly cancel.
+  "attention_grad_rows_f32": (5e-6, 2e-5, 1e-5),
+  # Float32 throughout, one rounding of the result to 8 bits: 2^-9 of each element.
+  "attention_rows_rounded_bf16": (2.5e-3, 4e-3, 1e-5),
+  # The same to 11 bits.
+  "attention_rows_rounded_f16": (3.2e-4, 5e-4, 1e-5),
+  # Matrix units take the softmax weights in 8 bits too. Emulated at 70 to 2,000 tokens and head
+  # dims 16 to 128: norm 2.0e-3, rows 5.2e-3.
+  "attention_rows_bf16": (4e-3, 1e-2, 1e-3),
+  # Three such roundings (weights or their gradients, the saved output, the result). Emulated: norm
+  # 2.6e-3, rows 6e-3, and 2.3e-3 of the leaf's maximum in dq rows that cancel.
+  "attention_grad_rows_bf16": (5e-3, 1e-2, 5e-3),
+  # float16 matrix units: 11 bits instead of 8, an eighth of the error.
+  "attention_rows_f16": (5e-4, 1.3e-3, 1.3e-4),
+  "attention_grad_rows_f16": (6.3e-4, 1.3e-3, 6.3e-4),
+}
+
+
+def assert_rows_close(actual, expected, name: str, size: float = 0.0):
+  """Asserts that a leaf agrees in norm, and that its worst row does.
+
+  A row is the last axis. Both limits scale with the leaf, so that a gradient of size 1e-3 is held
+  as tightly as one of size 1.
+
+  Args:
+    actual: [...,H] of any float dtype.
+    expected: the same shape, computed in float64 or float32.
+    name: of a row of `ROW_TOLERANCES`.
+    size: a least magnitude of the leaf's elements, for a leaf whose terms cancel to (nearly) zero:
+      that of the terms.
+
+  Raises:
+    AssertionError: names the worst row, its error and its limit.
+  """
+  norm_limit, row_limit, leaf_limit = ROW_TOLERANCES[name]
+  assert np.shape(actual) == np.shape(expected), \
+    f"{name}: shapes {np.shape(actual)} and {np.shape(expected)}"
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert np.isfinite(actual).all() and np.isfinite(expected).all(), f"{name}: not finite"
+  error = np.abs(actual - expected)
+  norm, whole = np.linalg.norm(error), np.linalg.norm(expected)
+  whole = max(whole, size * error.size ** 0.5)
+  assert norm <= norm_limit * whole, \
+    f"{name}: relative norm of the error {norm / whole:.3g}; wanted at most {norm_limit:.3g}"
+  magnitude = np.abs(expected)
+  limit = (row_limit * magnitude.max(axis=-1)
+           + leaf_limit * max(magnitude.max(initial=0.0), size))
+  excess = error.max(axis=-1) - limit
+  worst = np.unravel_index(excess.argmax(), excess.shape) if excess.ndim else ()
+  assert excess[worst] <= 0, \
+    (f"{name}: row {list(map(int, worst))} is off by {error.max(axis=-1)[worst]:.3g}; wanted at "
+     f"most {limit[worst]:.3g} (the row's largest value {magnitude.max(axis=-1)[worst]:.3g}, the "
+     f"leaf's {magnitude.max():.3g}); {int((excess > 0).sum())} of {excess.size} rows are off")
 
 
 def assert_close(actual, expected, name: str):
