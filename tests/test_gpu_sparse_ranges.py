@@ -83,7 +83,7 @@ def selected_blocks(rng, case):
   out = np.full((len(case.offsets), case.kv_heads, case.tokens, case.selected), -1, np.int32)
   for at in np.ndindex(out.shape[:3]):
     own = min(case.offsets[at[0]] + at[2], case.keys - 1) // 64
-    count = rng.integers(0, min(own + 1, case.selected) + 1)
+    count = rng.integers(at[2] % 4 != 3, min(own + 1, case.selected) + 1)      # some have none
     out[at][:count] = np.sort(rng.choice(own + 1, count, replace=False))
   return out
 
@@ -219,4 +219,41 @@ def test_sliding_window_ranges(on_cpu, case):
 def test_sparse_layer_ranges(on_cpu, case, without):
   if "k" in without:                              # the local keys are the only ones
     case = dataclasses.replace(case, local_keys=case.keys)
+  compare("sparse_layer_attention", case, without)
+
+
+def on_device(offsets, tokens, keys, **options):
+  defaults = dict(kv_heads=2, head_dim=128, dtype="bfloat16", selected=12, window=128)
+  return Case(offsets, tokens, keys, **(defaults | options))
+
+
+DEVICE_CASES = [
+  on_device((1000, 300), 1000, 2000, documents=5),
+  on_device((1000, 300), 1000, 2000, group=16, documents=5),
+  on_device((1100,), 1, 2000, group=16, threshold=2, traced=False),
+  on_device((77, 1900), 65, 1950, group=8, head_dim=64, documents=3),
+  on_device((1090,), 7, 1100, group=2, traced=False, dtype="float16"),
+  on_device((0, 700), 640, 1300, documents=4, implementation="triton"),
+  on_device((1024,), 1024, 2048, group=16, selected=32, traced=False),
+  on_device((1024,), 1024, 2048, selected=32, traced=False, documents=3),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", DEVICE_CASES, ids=str)
+@pytest.mark.parametrize("op", ["block_sparse_attention", "sliding_window_attention"])
+def test_ranges_on_device(op, case):
+  compare(op, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case,without", [
+  *((dataclasses.replace(case, local_keys=1200 if case.tokens > 999 else 500), ())
+    for case in DEVICE_CASES[:6]),
+  (dataclasses.replace(DEVICE_CASES[0], gates=("none", "none")), ()),
+  (DEVICE_CASES[0], ("k_local", "v_local", "gate_local", "sinks_local")),
+  (dataclasses.replace(DEVICE_CASES[0], local_keys=1500),
+   ("k", "v", "block_indices", "gate_sparse", "sinks_sparse", "kv_segment_ids")),
+], ids=str)
+def test_sparse_layer_ranges_on_device(case, without):
   compare("sparse_layer_attention", case, without)
