@@ -59,8 +59,8 @@ def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr
                     first_row, dq_ptr, dk_ptr, dv_ptr, W: tl.constexpr, E: tl.constexpr,
                     T: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
                     H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
-                    SCALE: tl.constexpr, OFFSET: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
-                    SEGMENTED: tl.constexpr):
+                    SCALE: tl.constexpr, OFFSET: tl.constexpr, KEYS: tl.constexpr,
+                    WINDOW: tl.constexpr, SEGMENTED: tl.constexpr):
   """dK and dV of one program's selections of one block, and each selection's part of dQ."""
   part_row = tl.program_id(1).to(tl.int64)
   row = first_row + part_row
