@@ -6,51 +6,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.block_sparse_attention.gpu import key_major
-from pallas_kernels.block_sparse_attention.gpu.key_major import (
-  LOG2E,
-  MIXED_SEGMENTS,
-  NO_SEGMENTS,
-  ONE_SEGMENT,
-  visible,
-)
-
-
-@triton.jit
-def _differentiate_entries(start, end, entry_ptr, q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
-                           keys, values, key, theirs, batch, kv, part_row, segment_ptr,
-                           offset_ptr, T: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-                           H: tl.constexpr, P: tl.constexpr, TOKENS: tl.constexpr,
-                           SCALE: tl.constexpr, OFFSET: tl.constexpr, KEYS: tl.constexpr,
-                           WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
-  """dK / SCALE and dV f32 [64,H] of entries [start, end) of one block; stores their parts of dQ."""
-  d = tl.arange(0, H)
-  lane = tl.arange(0, TOKENS * G)
-  head = lane % G
-  dkeys = tl.zeros([64, H], tl.float32)
-  dvalues = tl.zeros([64, H], tl.float32)
-  for base in range(start, end, TOKENS):
-    at = base + lane // G
-    live = at < end
-    entry = tl.load(entry_ptr + at, mask=live, other=0)
-    token = entry // P
-    query = (batch * T + token) * (K * G) + kv * G + head
-    queries = tl.load(q_ptr + query[:, None] * H + d[None, :])
-    douts = tl.load(dout_ptr + query[:, None] * H + d[None, :])
-    lse = tl.load(lse_ptr + query) * LOG2E
-    delta = tl.load(delta_ptr + query)
-    scores = tl.dot(queries, tl.trans(keys)) * (SCALE * LOG2E)
-    see = visible(token, key, batch, theirs, segment_ptr, offset_ptr, T, OFFSET, KEYS, WINDOW,
-                  SEGMENTS) & live[:, None]
-    weights = tl.where(see, tl.exp2(scores - lse[:, None]), 0.0)
-    dvalues += tl.dot(tl.trans(weights.to(values.dtype)), douts)
-    dscores = weights * (tl.dot(douts, tl.trans(values)) - delta[:, None])
-    dscores = dscores.to(keys.dtype)
-    dkeys += tl.dot(tl.trans(dscores), queries)
-    dquery = tl.dot(dscores, keys) * SCALE
-    to = (part_row * (T * P) + entry) * G + head
-    tl.store(dq_ptr + to[:, None] * H + d[None, :], dquery.to(dq_ptr.dtype.element_ty),
-             mask=live[:, None])
-  return dkeys, dvalues
+from pallas_kernels.block_sparse_attention.gpu.key_major import LOG2E, visible
 
 
 @triton.jit
@@ -81,21 +37,32 @@ def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr
   theirs = key
   if SEGMENTED:
     theirs = tl.load(kv_segment_ptr + batch * S + key)
-    if tl.min(theirs, 0) == tl.max(theirs, 0):
-      dkeys, dvalues = _differentiate_entries(
-        start, end, entries, q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, keys, values, key,
-        theirs, batch, kv, part_row, segment_ptr, offset_ptr, T, K, G, H, P, TOKENS, SCALE, OFFSET,
-        KEYS, WINDOW, ONE_SEGMENT)
-    else:
-      dkeys, dvalues = _differentiate_entries(
-        start, end, entries, q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, keys, values, key,
-        theirs, batch, kv, part_row, segment_ptr, offset_ptr, T, K, G, H, P, TOKENS, SCALE, OFFSET,
-        KEYS, WINDOW, MIXED_SEGMENTS)
-  else:
-    dkeys, dvalues = _differentiate_entries(
-      start, end, entries, q_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, keys, values, key, theirs,
-      batch, kv, part_row, segment_ptr, offset_ptr, T, K, G, H, P, TOKENS, SCALE, OFFSET, KEYS,
-      WINDOW, NO_SEGMENTS)
+  lane = tl.arange(0, TOKENS * G)
+  head = lane % G
+  dkeys = tl.zeros([64, H], tl.float32)
+  dvalues = tl.zeros([64, H], tl.float32)
+  for base in range(start, end, TOKENS):
+    at = base + lane // G
+    live = at < end
+    entry = tl.load(entries + at, mask=live, other=0)
+    token = entry // P
+    query = (batch * T + token) * (K * G) + kv * G + head
+    queries = tl.load(q_ptr + query[:, None] * H + d[None, :])
+    douts = tl.load(dout_ptr + query[:, None] * H + d[None, :])
+    lse = tl.load(lse_ptr + query) * LOG2E
+    delta = tl.load(delta_ptr + query)
+    scores = tl.dot(queries, tl.trans(keys)) * (SCALE * LOG2E)
+    see = visible(token, key, batch, theirs, segment_ptr, offset_ptr, T, OFFSET, KEYS, WINDOW,
+                  SEGMENTED) & live[:, None]
+    weights = tl.where(see, tl.exp2(scores - lse[:, None]), 0.0)
+    dvalues += tl.dot(tl.trans(weights.to(values.dtype)), douts)
+    dscores = weights * (tl.dot(douts, tl.trans(values)) - delta[:, None])
+    dscores = dscores.to(keys.dtype)
+    dkeys += tl.dot(tl.trans(dscores), queries)
+    dquery = tl.dot(dscores, keys) * SCALE
+    to = (part_row * (T * P) + entry) * G + head
+    tl.store(dq_ptr + to[:, None] * H + d[None, :], dquery.to(dq_ptr.dtype.element_ty),
+             mask=live[:, None])
   to = ((part_row * W + tl.program_id(0)) * 64 + local)[:, None] * H + d[None, :]
   tl.store(dk_ptr + to, dkeys * SCALE)
   tl.store(dv_ptr + to, dvalues)

@@ -9,8 +9,8 @@ tokens) alternate between the tensor cores and the softmax.
 
 Membership costs nothing per score: rows that did not select a block subtract a huge number instead
 of their running maximum, so their weights underflow to 0. Only a list's first step, which holds
-the blocks of the tile's own positions, compares key and query positions, and only blocks marked as
-mixed (visibility.py) compare segments.
+the blocks of the tile's own positions, compares key and query positions, and only its first
+`masked_steps` (visibility.py), mostly one, compare segments.
 """
 
 import functools
@@ -22,7 +22,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, hopper
-from pallas_kernels.block_sparse_attention.gpu.visibility import BLOCK_MASK, MIXED_BIT
 from pallas_kernels.gpu_padding import BLOCK
 from pallas_kernels.softmax import EMPTY_LSE, LN2, LOG2E, MASKED
 
@@ -42,8 +41,8 @@ def tile_tokens(group):
 
 
 def _tile_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_ref, sink_ref,
-                 offset_ref, segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *, shape,
-                 programs, scale, visible, interpret):
+                 offset_ref, segment_ref, row_segment_ref, masked_ref, out_ref, lse_ref, scratch,
+                 *, shape, programs, scale, visible, interpret):
   """The body: see the module. Rows of a warpgroup are head-major.
 
   A program runs tiles program, program + programs, ...: its producer fetches the next tile's
@@ -52,12 +51,13 @@ def _tile_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_r
   Args:
     q_ref: [B,T,N,H], and out_ref.
     k_ref: [B,S,K,H], and v_ref.
-    blocks_ref: i32 [B,K,L,U], with MIXED_BIT, and words_ref.
+    blocks_ref: i32 [B,K,L,U], and words_ref.
     counts_ref: i32 [B,K,L], and order_ref.
     sink_ref: f32 [K,2,ROWS], base 2.
     offset_ref: i32 [B], or None where the offset is static.
     segment_ref: i32 [B,S] or None.
     row_segment_ref: i32 [B,L,ROWS] or None.
+    masked_ref: i32 [B,K,L], steps that compare segments, or None.
     lse_ref: f32 [B,K,L,2,ROWS].
     scratch: shared memory and barriers, as `tile_forward` lists them.
     shape: (K, G, H).
@@ -106,9 +106,6 @@ def _tile_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_r
     at = place(index)
     return at + (counts_ref[at],) + read_step(at, 0)
 
-  def block_of(entry):
-    return entry if segment_ref is None else lax.bitwise_and(entry, jnp.int32(BLOCK_MASK))
-
   def slot_of(step):
     return lax.rem(step, jnp.int32(STAGES))
 
@@ -150,32 +147,26 @@ def _tile_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_r
           see &= spread(position) < key + visible.window
         return jnp.where(see, part, MASKED)
 
-      def hide_segments(blocks, *parts):
-        """The scores of a step's blocks with those of other segments masked."""
-        mine = compat.load(row_segment_ref.at[batch, tile], _ROW, interpret)
-        mine, hidden = spread(mine), []
-        for part, block in zip(parts, blocks, strict=True):
-          theirs = compat.load(
-            segment_ref.at[batch, pl.ds(block * BLOCK, BLOCK)], _COLUMN, interpret)
-          theirs = lax.broadcast_in_dim(theirs, (ROWS, BLOCK), (1,))
-          hidden.append(jnp.where((mine == theirs) & (mine != 0), part, MASKED))
-        return tuple(hidden)
+      def hide_segments(part, block):
+        """The scores of one block with those of other segments masked."""
+        mine = spread(compat.load(row_segment_ref.at[batch, tile], _ROW, interpret))
+        theirs = compat.load(
+          segment_ref.at[batch, pl.ds(block * BLOCK, BLOCK)], _COLUMN, interpret)
+        theirs = lax.broadcast_in_dim(theirs, (ROWS, BLOCK), (1,))
+        return jnp.where((mine == theirs) & (mine != 0), part, MASKED)
 
-      def run_step(step, carry, first=False):
+      def run_step(step, carry, masked=False):
+        """One step; `masked`: the first one, and with segments others that compare them."""
         acc, m, l, listed = carry
         slot = slot_of(base + step)
         following = read_step(at, jnp.minimum(step + 1, steps - 1))
         scores = scores_of(queries, slot)
         plgpu.barrier_arrive(k_free.at[slot])
         parts = tuple(scores[:, i * BLOCK:(i + 1) * BLOCK] for i in range(per_step))
-        blocks = [block_of(listed[i]) for i in range(per_step)]
-        if first or visible.window is not None:
-          parts = tuple(map(hide_positions, parts, blocks))
-        if segment_ref is not None:
-          mixed = lax.shift_right_logical(functools.reduce(lax.bitwise_or, listed[:per_step]),
-                                          jnp.int32(MIXED_BIT)) != 0
-          parts = lax.cond(mixed, functools.partial(hide_segments, blocks),
-                           lambda *parts: parts, *parts)
+        if masked or visible.window is not None:
+          parts = tuple(map(hide_positions, parts, listed[:per_step]))
+        if masked and segment_ref is not None:
+          parts = tuple(map(hide_segments, parts, listed[:per_step]))
         selected, m_new = [], m
         for part, word in zip(parts, listed[per_step:], strict=True):
           bit = lax.bitwise_and(
@@ -193,8 +184,8 @@ def _tile_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_r
         low = [w.astype(q_ref.dtype) for w in weights]
         for w in weights:
           l = l + w.sum(axis=1)
-        if first:                           # the last tile's output has left its buffer by now
-          @pl.when(index > 0)
+        if masked:                          # the last tile's output has left its buffer by now
+          @pl.when((index > 0) & (step == 0))
           def _():
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free.at[(1 - buffer) * 2 + wg])
@@ -224,8 +215,13 @@ def _tile_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_r
                splat(jnp.float32(M_FLOOR), _ROW), splat(jnp.float32(0), _ROW), tuple(listed))
       plgpu.barrier_wait(q_ready.at[buffer * 2 + wg])
       plgpu.barrier_wait(k_ready.at[slot_of(base)])
-      carry = run_step(jnp.int32(0), carry, first=True)
-      acc, m, l, _ = lax.fori_loop(1, steps, run_step, carry)
+      run_masked = functools.partial(run_step, masked=True)
+      if segment_ref is None:
+        masked_steps, carry = 1, run_masked(jnp.int32(0), carry)
+      else:
+        masked_steps = masked_ref[at]
+        carry = lax.fori_loop(0, masked_steps, run_masked, carry)
+      acc, m, l, _ = lax.fori_loop(masked_steps, steps, run_step, carry)
       sink = compat.load(sink_ref.at[kv, wg], _ROW, interpret)
       m_new = jnp.maximum(m, sink)
       alpha = jnp.exp2(m - m_new)
@@ -278,7 +274,7 @@ def _tile_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_r
             plgpu.barrier_wait(free.at[slot])
           for i in range(per_step):
             plgpu.copy_gmem_to_smem(
-              gmem.at[batch, pl.ds(block_of(listed[i]) * BLOCK, BLOCK), kv],
+              gmem.at[batch, pl.ds(listed[i] * BLOCK, BLOCK), kv],
               smem.at[slot, pl.ds(i * BLOCK, BLOCK)], ready.at[slot])
         return following
 
@@ -335,6 +331,7 @@ def tile_forward(q, k, v, plan, visible, *, scale, sinks, programs=PROGRAMS, int
       visible.segment_ids.reshape(b, tiles, 1, tokens), (1, 1, group // 2, 1))
     extra["segment_ref"] = visible.kv_segment_ids
     extra["row_segment_ref"] = row_segments.reshape(b, tiles, ROWS)
+    extra["masked_ref"] = visible.masked_steps(plan)
   keys = BLOCKS_PER_STEP * BLOCK
   programs = min(programs, b * kv_heads * tiles)
   scratch = (
@@ -352,7 +349,7 @@ def tile_forward(q, k, v, plan, visible, *, scale, sinks, programs=PROGRAMS, int
 
   def body(*refs):
     inputs, rest = refs[:8], refs[8 + len(extra):]
-    given = dict.fromkeys(("offset_ref", "segment_ref", "row_segment_ref"))
+    given = dict.fromkeys(("offset_ref", "segment_ref", "row_segment_ref", "masked_ref"))
     given |= zip(extra, refs[8:])
     _tile_kernel(*inputs, *given.values(), *rest[:2], rest[2:], shape=(kv_heads, group, h),
                  programs=programs, scale=scale, visible=visible, interpret=interpret)
@@ -363,7 +360,6 @@ def tile_forward(q, k, v, plan, visible, *, scale, sinks, programs=PROGRAMS, int
          jax.ShapeDtypeStruct((b, kv_heads, tiles, 2, ROWS), jnp.float32)),
     scratch=scratch, interpret=interpret, grid=(programs,),
     grid_names=("program",), num_threads=3, thread_name="wg",
-  )(q, k, v, visible.list_blocks(plan.blocks, tokens), plan.words, plan.counts, plan.order,
-    sink_rows, *extra.values())
+  )(q, k, v, plan.blocks, plan.words, plan.counts, plan.order, sink_rows, *extra.values())
   lse = lse.reshape(b, kv_heads, tiles, group, tokens).transpose(0, 2, 4, 1, 3)
   return out, lse.reshape(b, t, n)

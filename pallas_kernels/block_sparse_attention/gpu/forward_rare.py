@@ -14,43 +14,8 @@ from pallas_kernels.block_sparse_attention.gpu.key_major import (
   LOG2E,
   M_FLOOR,
   MASKED,
-  MIXED_SEGMENTS,
-  NO_SEGMENTS,
-  ONE_SEGMENT,
   visible,
 )
-
-
-@triton.jit
-def _attend_entries(start, end, entry_ptr, q_ptr, part_ptr, lse_ptr, keys, values, key, theirs,
-                    batch, kv, part_row, segment_ptr, offset_ptr, T: tl.constexpr,
-                    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-                    TOKENS: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr,
-                    KEYS: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
-  """Partial outputs and lse of entries [start, end) of one block, TOKENS at a time."""
-  d = tl.arange(0, H)
-  lane = tl.arange(0, TOKENS * G)
-  head = lane % G
-  for base in range(start, end, TOKENS):
-    at = base + lane // G
-    live = at < end
-    entry = tl.load(entry_ptr + at, mask=live, other=0)
-    token = entry // P
-    query = (batch * T + token) * (K * G) + kv * G + head
-    queries = tl.load(q_ptr + query[:, None] * H + d[None, :])
-    scores = tl.dot(queries, tl.trans(keys)) * (SCALE * LOG2E)
-    see = visible(token, key, batch, theirs, segment_ptr, offset_ptr, T, OFFSET, KEYS, WINDOW,
-                  SEGMENTS)
-    scores = tl.where(see, scores, MASKED)
-    m = tl.maximum(tl.max(scores, 1), M_FLOOR)
-    weights = tl.exp2(scores - m[:, None])
-    l = tl.sum(weights, 1)
-    safe = tl.where(l > 0, l, 1.0)
-    out = tl.dot(weights.to(values.dtype), values) * (1.0 / safe)[:, None]
-    to = (part_row * (T * P) + entry) * G + head
-    tl.store(part_ptr + to[:, None] * H + d[None, :], out.to(part_ptr.dtype.element_ty),
-             mask=live[:, None])
-    tl.store(lse_ptr + to, tl.where(l > 0, (m + tl.log2(safe)) * LN2, EMPTY_LSE), mask=live)
 
 
 @triton.jit
@@ -82,18 +47,28 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, block_ptr, start_ptr, end_ptr
   theirs = key
   if SEGMENTED:
     theirs = tl.load(kv_segment_ptr + batch * S + key)
-    if tl.min(theirs, 0) == tl.max(theirs, 0):
-      _attend_entries(start, end, entries, q_ptr, part_ptr, lse_ptr, keys, values, key, theirs,
-                      batch, kv, part_row, segment_ptr, offset_ptr, T, K, G, H, P, TOKENS, SCALE,
-                      OFFSET, KEYS, WINDOW, ONE_SEGMENT)
-    else:
-      _attend_entries(start, end, entries, q_ptr, part_ptr, lse_ptr, keys, values, key, theirs,
-                      batch, kv, part_row, segment_ptr, offset_ptr, T, K, G, H, P, TOKENS, SCALE,
-                      OFFSET, KEYS, WINDOW, MIXED_SEGMENTS)
-  else:
-    _attend_entries(start, end, entries, q_ptr, part_ptr, lse_ptr, keys, values, key, theirs,
-                    batch, kv, part_row, segment_ptr, offset_ptr, T, K, G, H, P, TOKENS, SCALE,
-                    OFFSET, KEYS, WINDOW, NO_SEGMENTS)
+  lane = tl.arange(0, TOKENS * G)
+  head = lane % G
+  for base in range(start, end, TOKENS):
+    at = base + lane // G
+    live = at < end
+    entry = tl.load(entries + at, mask=live, other=0)
+    token = entry // P
+    query = (batch * T + token) * (K * G) + kv * G + head
+    queries = tl.load(q_ptr + query[:, None] * H + d[None, :])
+    scores = tl.dot(queries, tl.trans(keys)) * (SCALE * LOG2E)
+    see = visible(token, key, batch, theirs, segment_ptr, offset_ptr, T, OFFSET, KEYS, WINDOW,
+                  SEGMENTED)
+    scores = tl.where(see, scores, MASKED)
+    m = tl.maximum(tl.max(scores, 1), M_FLOOR)
+    weights = tl.exp2(scores - m[:, None])
+    l = tl.sum(weights, 1)
+    safe = tl.where(l > 0, l, 1.0)
+    out = tl.dot(weights.to(values.dtype), values) * (1.0 / safe)[:, None]
+    to = (part_row * (T * P) + entry) * G + head
+    tl.store(part_ptr + to[:, None] * H + d[None, :], out.to(part_ptr.dtype.element_ty),
+             mask=live[:, None])
+    tl.store(lse_ptr + to, tl.where(l > 0, (m + tl.log2(safe)) * LN2, EMPTY_LSE), mask=live)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ Rows of a subtile that did not select a block are masked as in forward.py, by wh
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -30,7 +31,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import compat, hopper
 from pallas_kernels.block_sparse_attention.gpu.forward import M_FLOOR, PROGRAMS, ROWS
-from pallas_kernels.block_sparse_attention.gpu.visibility import BLOCK_MASK, MIXED_BIT
 from pallas_kernels.gpu_padding import BLOCK
 from pallas_kernels.softmax import EMPTY_LSE, LN2, LOG2E, MASKED
 
@@ -89,8 +89,8 @@ def needs_no_maximum(queries, norms, largest_key, interpret):
 
 
 def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_ref, sink_ref,
-                  key_ref, offset_ref, segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *,
-                  shape, tiles, config, scale, programs, own_steps, visible, interpret):
+                  key_ref, offset_ref, segment_ref, row_segment_ref, masked_ref, out_ref, lse_ref,
+                  scratch, *, shape, tiles, config, scale, programs, own_steps, visible, interpret):
   """The body: see the module. Rows of a subtile are token-major.
 
   A program runs tiles program, program + programs, ... and numbers their listed blocks through.
@@ -101,13 +101,14 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
   Args:
     q_ref: [B,T,N,H], and out_ref.
     k_ref: [B,S,K,H], and v_ref.
-    blocks_ref: i32 [B*K*L,U], with MIXED_BIT, and words_ref.
+    blocks_ref: i32 [B*K*L,U], and words_ref.
     counts_ref: i32 [B*K*L], and order_ref.
     sink_ref: f32 [K,ROWS], base 2.
     key_ref: f32 [B,K] of `largest_keys`.
     offset_ref: i32 [B], or None where the offset is static.
     segment_ref: i32 [B,S] or None.
     row_segment_ref: i32 [B,L,4,ROWS] or None.
+    masked_ref: i32 [B*K*L], steps that compare segments, or None.
     lse_ref: f32 [B,K,L,4,ROWS].
     scratch: shared memory and barriers, as `split_forward` lists them.
     shape: (K, G, H).
@@ -122,7 +123,6 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
   kv_heads, group, head_dim = shape
   tokens, each = tile_tokens(group), ROWS // group
   slots, prefetch_depth = config.slots, config.prefetch_depth
-  segmented = segment_ref is not None
   cycle = math.lcm(slots, WARPGROUPS)
   q_smem, k_smem, v_smem, norms_smem, q_ready, ready, free = scratch
   program = lax.axis_index("program")
@@ -143,9 +143,6 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
 
   def steps_of(row):
     return jnp.maximum(counts_ref[row], max(prefetch_depth, own_steps))
-
-  def block_of(entry):
-    return lax.bitwise_and(entry, jnp.int32(BLOCK_MASK)) if segmented else entry
 
   def spread(row):
     return lax.broadcast_in_dim(row, (ROWS, BLOCK), (0,))
@@ -181,7 +178,7 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
     @pl.when(lax.rem(number, jnp.int32(WARPGROUPS)) == wg)
     def _():
       batch, kv, _ = place(row)
-      block = block_of(blocks_ref[row, position])
+      block = blocks_ref[row, position]
       slot = lax.rem(number, jnp.int32(slots))
       pl.when(number >= slots)(lambda: wait_free(number))
       for gmem, smem in ((k_ref, k_smem), (v_ref, v_smem)):
@@ -221,16 +218,14 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
     mine = spread(compat.load(row_segment_ref.at[batch, tile, wg], _ROW, interpret))
     return jnp.where((mine == theirs) & (mine != 0), scores, MASKED)
 
-  def attend(state, queries, row, entry, slot, mine, safe, own):
+  def attend(state, queries, row, step, slot, mine, safe, masked):
     """One block of a subtile, some of whose tokens selected it: bits of `mine`."""
     acc, m, l = state
     scores = scores_of(queries, slot)
-    if own:
-      scores = hide_positions(scores, row, block_of(entry))
-    if segmented:
-      scores = lax.cond(
-        lax.shift_right_logical(entry, jnp.int32(MIXED_BIT)) != 0,
-        lambda scores: hide_segments(scores, row, block_of(entry)), lambda scores: scores, scores)
+    if masked:
+      scores = hide_positions(scores, row, blocks_ref[row, step])
+      if segment_ref is not None:
+        scores = hide_segments(scores, row, blocks_ref[row, step])
     bit = lax.bitwise_and(lax.shift_right_logical(splat(mine, _ROW), token), jnp.ones_like(token))
     selected = bit == 1
 
@@ -269,12 +264,9 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
     more = index + 1 < rounds
     queries = q_smem.at[wg]
 
-    def read_step(step):
-      """A step's membership word, and its list entry where every step needs it."""
-      return words_ref[row, step], blocks_ref[row, step] if segmented else None
-
-    def run_step(step, carry, own=False):
-      state, (word, entry) = carry
+    def run_step(step, carry, masked=False):
+      """One step; `masked`: the plan's own steps, and with segments others that compare them."""
+      state, word = carry
       number, target = base + step, step + prefetch_depth
       inside = target < steps
 
@@ -283,20 +275,18 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
         bring(base + target, jnp.where(inside, row, following_row),
               jnp.where(inside, target, target - steps))
       slot = lax.rem(number, jnp.int32(slots))
-      following = read_step(jnp.minimum(step + 1, steps - 1))
+      following = words_ref[row, jnp.minimum(step + 1, steps - 1)]
       plgpu.barrier_wait(ready.at[slot])
       mine = lax.bitwise_and(
         lax.shift_right_logical(word, wg * each), jnp.int32((1 << each) - 1))
-
-      def attend_block(*state):
-        own_entry = blocks_ref[row, step] if own and not segmented else entry
-        return attend(state, queries, row, own_entry, slot, mine, safe, own)
-
-      state = lax.cond(mine != 0, attend_block, lambda *state: state, *state)
+      state = lax.cond(
+        mine != 0,
+        lambda *state: attend(state, queries, row, step, slot, mine, safe, masked),
+        lambda *state: state, *state)
       plgpu.barrier_arrive(free.at[lax.rem(number, jnp.int32(cycle))])
       return state, following
 
-    first = read_step(0)
+    word = words_ref[row, 0]
     plgpu.barrier_wait(q_ready.at[wg])
     batch, kv, tile = place(row)
     safe = needs_no_maximum(
@@ -304,10 +294,15 @@ def _split_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
     state = (splat(jnp.float32(0), _FULL, (ROWS, head_dim)),
              splat(jnp.where(safe, jnp.float32(0), jnp.float32(M_FLOOR)), _ROW),
              splat(jnp.float32(0), _FULL, (ROWS, LANES)))
-    carry = state, first
-    for step in range(own_steps):
-      carry = run_step(jnp.int32(step), carry, own=True)
-    state, _ = lax.fori_loop(own_steps, steps, run_step, carry)
+    run_masked = functools.partial(run_step, masked=True)
+    masked_steps, carry = own_steps, (state, word)
+    if segment_ref is None:
+      for step in range(own_steps):
+        carry = run_masked(jnp.int32(step), carry)
+    else:
+      masked_steps = jnp.maximum(masked_ref[row], own_steps)
+      carry = lax.fori_loop(0, masked_steps, run_masked, carry)
+    state, _ = lax.fori_loop(masked_steps, steps, run_step, carry)
     out, lse = finish(state, compat.load(sink_ref.at[kv], _ROW, interpret))
     lse_ref[batch, kv, tile, wg] = lse
     q_smem[wg] = out.astype(q_ref.dtype)
@@ -368,10 +363,11 @@ def split_forward(q, k, v, plan, visible, *, scale, sinks, config=None, interpre
     extra["segment_ref"] = visible.kv_segment_ids
     extra["row_segment_ref"] = jnp.repeat(
       visible.segment_ids.reshape(b, tiles, WARPGROUPS, each), group, axis=-1)
+    extra["masked_ref"] = visible.masked_steps(plan).reshape(-1)
   items = b * kv_heads * tiles
   least = max(config.prefetch_depth, plan.own_steps)      # steps that every tile runs
   lists = [jnp.pad(x.reshape(items, -1), ((0, 0), (0, max(0, least - x.shape[-1]))))
-           for x in (visible.list_blocks(plan.blocks, tokens), plan.words)]
+           for x in (plan.blocks, plan.words)]
   programs = min(config.programs, items)
   scratch = (
     hopper.swizzled((WARPGROUPS, ROWS, h), q.dtype, interpret),
@@ -384,7 +380,7 @@ def split_forward(q, k, v, plan, visible, *, scale, sinks, config=None, interpre
 
   def body(*refs):
     inputs, rest = refs[:9], refs[9 + len(extra):]
-    given = dict.fromkeys(("offset_ref", "segment_ref", "row_segment_ref"))
+    given = dict.fromkeys(("offset_ref", "segment_ref", "row_segment_ref", "masked_ref"))
     given |= zip(extra, refs[9:])
     _split_kernel(*inputs, *given.values(), *rest[:2], rest[2:], shape=(kv_heads, group, h),
                   tiles=tiles, config=config, scale=scale, programs=programs,

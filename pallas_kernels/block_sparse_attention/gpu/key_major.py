@@ -25,10 +25,6 @@ MASKED = tl.constexpr(softmax.MASKED)
 EMPTY_LSE = tl.constexpr(softmax.EMPTY_LSE)
 M_FLOOR = tl.constexpr(-1e20)       # of a running maximum
 
-# How a program compares segments: not at all; once a row, where its block lies within one segment;
-# once a score.
-NO_SEGMENTS, ONE_SEGMENT, MIXED_SEGMENTS = (tl.constexpr(i) for i in range(3))
-
 
 @dataclasses.dataclass(frozen=True)
 class KeyMajorConfig:
@@ -54,7 +50,7 @@ class KeyMajorConfig:
 @triton.jit
 def visible(token, key, batch, theirs, segment_ptr, offset_ptr, T: tl.constexpr,
             OFFSET: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
-            SEGMENTS: tl.constexpr):
+            SEGMENTED: tl.constexpr):
   """bool [rows, 64]: whether each token may see each key.
 
   token i32 [rows]; key i32 [64]; theirs i32 [64], the keys' segments. OFFSET: the key index of
@@ -68,15 +64,13 @@ def visible(token, key, batch, theirs, segment_ptr, offset_ptr, T: tl.constexpr,
   bound = position
   if KEYS > 0:
     bound = tl.minimum(bound, KEYS - 1)
-  if SEGMENTS != NO_SEGMENTS:
+  if SEGMENTED:
     mine = tl.load(segment_ptr + batch * T + token)
     bound = tl.where(mine == 0, -1, bound)
-    if SEGMENTS == ONE_SEGMENT:
-      bound = tl.where(mine == tl.max(theirs, 0), bound, -1)
   see = key[None, :] <= bound[:, None]
   if WINDOW > 0:
     see = see & (position[:, None] < key[None, :] + WINDOW)
-  if SEGMENTS == MIXED_SEGMENTS:
+  if SEGMENTED:
     see = see & (mine[:, None] == theirs[None, :])
   return see
 

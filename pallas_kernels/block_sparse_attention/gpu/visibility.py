@@ -8,9 +8,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.gpu_padding import BLOCK, pad_tokens
 
-MIXED_BIT = 30          # of a listed block: its keys need the segment mask
-BLOCK_MASK = (1 << MIXED_BIT) - 1
-
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -42,17 +39,17 @@ class Visibility:
     """i32 [B]: the key index of query 0."""
     return jnp.full((batch,), self.offset, jnp.int32) if self.offsets is None else self.offsets
 
-  def list_blocks(self, blocks, tile_tokens):
-    """blocks i32 [B,K,L,U], listed for tiles of queries -> the same, with MIXED_BIT set where keys
-    need the segment mask: where tile and block do not lie within one segment.
+  def masked_steps(self, plan):
+    """i32 [B,K,L]: the steps of each tile's list, counted from its start, that need the segment
+    mask: up to the last block that does not lie within one segment with the whole tile. At least 1.
     """
-    if self.segment_ids is None:
-      return blocks
-    tiles = _segment_of(self.segment_ids, tile_tokens)[:, None, :, None]
+    tiles = _segment_of(self.segment_ids, plan.config.tile_tokens)[:, None, :, None]
     keys = _segment_of(self.kv_segment_ids, BLOCK)
+    blocks = plan.blocks
     keys = jnp.take_along_axis(keys, blocks.reshape(blocks.shape[0], -1), axis=1)
     mixed = (keys.reshape(blocks.shape) != tiles) | (tiles == 0)
-    return blocks | jnp.left_shift(mixed.astype(jnp.int32), MIXED_BIT)
+    step = 1 + jnp.arange(blocks.shape[-1], dtype=jnp.int32) // plan.config.list_multiple
+    return jnp.where(mixed & (plan.words != 0), step, 1).max(-1)
 
 
 def _segment_of(ids, size):
