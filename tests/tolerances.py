@@ -24,6 +24,14 @@ TOLERANCES = {
   # The same of a sum over some 100 rows of terms of both signs, each with that error and made of
   # a result rounded once more: the sum has half the norm of its terms.
   "mxu_bf16_cancelled_norm": (0.0, 8e-3),
+  # The GPU's sparse kernels against float32, ||x - ref|| / ||ref||: operands, softmax weights and
+  # stored partial outputs have 8 (bf16) or 11 (f16) bits, each product's error is independent, and
+  # norms average them.
+  "gpu_sparse_bfloat16_norm": (0.0, 5e-3),
+  "gpu_sparse_float16_norm": (0.0, 7e-4),
+  # Their gradients: the cotangent and dQ's parts are rounded too, and dS has the error of P and dP.
+  "gpu_sparse_grad_bfloat16_norm": (0.0, 1e-2),
+  "gpu_sparse_grad_float16_norm": (0.0, 1.4e-3),
   # float64 chain rule against central differences with step 1e-5: truncation 1e-10 x curvature,
   # rounding 1e-16 / 1e-5.
   "finite_difference_f64": (1e-7, 1e-8),
@@ -124,6 +132,29 @@ def assert_rows_close(actual, expected, name: str, size: float = 0.0):
     (f"{name}: row {list(map(int, worst))} is off by {error.max(axis=-1)[worst]:.3g}; wanted at "
      f"most {limit[worst]:.3g} (the row's largest value {magnitude.max(axis=-1)[worst]:.3g}, the "
      f"leaf's {magnitude.max():.3g}); {int((excess > 0).sum())} of {excess.size} rows are off")
+
+
+# How much larger than the norm's tolerance one row's error may be, in units of its norm or of the
+# root mean square of the rows' norms, whichever is larger. A row's error is a sum over its own few
+# keys, 2 to 4 times the mean in the worst of some 10,000 rows; a wrong row has an error of 1 and
+# more, over 100 (bf16) times the mean.
+ROW_FACTOR = 8.0
+
+
+def assert_norm_close(actual, expected, name: str):
+  """Asserts ||x - ref|| / ||ref|| for the whole array and for each row along its last axis."""
+  limit = TOLERANCES[name][1]
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape
+  assert np.isfinite(actual).all() and np.isfinite(expected).all(), f"{name}: not finite"
+  error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+  assert error <= limit, f"{name}: norm of the error {error:.2e}, want at most {limit:.1e}"
+  sizes = np.linalg.norm(np.atleast_1d(expected), axis=-1)
+  scale = np.maximum(sizes, np.sqrt((sizes ** 2).mean()))
+  errors = np.linalg.norm(np.atleast_1d(actual - expected), axis=-1) / np.maximum(scale, 1e-30)
+  worst = np.unravel_index(errors.argmax(), errors.shape)
+  assert errors.max() <= ROW_FACTOR * limit, (
+    f"{name}: row {worst} has error {errors.max():.2e}, want at most {ROW_FACTOR * limit:.1e}")
 
 
 def assert_close(actual, expected, name: str):

@@ -127,7 +127,8 @@ def make_planner(shape, implementation):
   if _HOT.value is not None:
     from pallas_kernels.block_sparse_attention.gpu import op as gpu
     return jax.jit(functools.partial(
-      gpu.make_plan, group=shape.num_heads // shape.num_kv_heads, hot_threshold=_HOT.value))
+      gpu.make_plan, group=shape.num_heads // shape.num_kv_heads, num_keys=shape.tokens,
+      query_offset=0, hot_threshold=_HOT.value))
   return jax.jit(functools.partial(
     pallas_kernels.plan_blocks, num_heads=shape.num_heads, implementation=implementation))
 

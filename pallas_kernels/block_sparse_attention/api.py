@@ -5,7 +5,6 @@ from pallas_kernels.block_sparse_attention import reference
 
 _GPU = "pallas_kernels.block_sparse_attention.gpu.op"
 _TPU = "pallas_kernels.block_sparse_attention.tpu.op"
-_ONLY_TRITON = 1000   # no pick is shared by that many tokens of a tile
 
 
 def _reference(*args, plan, **options):
@@ -13,18 +12,8 @@ def _reference(*args, plan, **options):
   return reference.block_sparse_attention(*args, **options)
 
 
-def _triton(*args, **options):
-  from pallas_kernels.block_sparse_attention.gpu import op as gpu
-  return gpu.block_sparse_attention(*args, hot_threshold=_ONLY_TRITON, **options)
-
-
-def _plan_gpu(block_indices, group, block_size, hot_threshold=None):
-  from pallas_kernels.block_sparse_attention.gpu import op as gpu
-  gpu.check_picks("plan_blocks", block_indices, block_size)
-  return gpu.make_plan(block_indices, group, hot_threshold)
-
-
-def _plan_tpu(block_indices, group, block_size):
+def _plan_tpu(block_indices, group, num_keys, block_size, query_offset):
+  del num_keys, query_offset
   from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
   return mosaic_tpu.make_plan(block_indices, group, block_size=block_size)
 
@@ -32,12 +21,12 @@ def _plan_tpu(block_indices, group, block_size):
 _AVAILABLE = {"reference": _reference,
               "mosaic_gpu": implementations.lazy(_GPU + ":block_sparse_attention"),
               "mosaic_tpu": implementations.lazy(_TPU + ":block_sparse_attention"),
-              "triton": _triton}
+              "triton": implementations.lazy(_GPU + ":block_sparse_attention_triton")}
 _PLANS = {
   "reference": lambda *_: None,
-  "mosaic_gpu": _plan_gpu,
+  "mosaic_gpu": implementations.lazy(_GPU + ":plan_blocks"),
   "mosaic_tpu": _plan_tpu,
-  "triton": lambda *args: _plan_gpu(*args, hot_threshold=_ONLY_TRITON),
+  "triton": implementations.lazy(_GPU + ":plan_triton"),
 }
 _BY_PLATFORM = {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
 
@@ -66,9 +55,11 @@ def plan_blocks(block_indices, *, num_heads, num_keys=None, block_size=64, query
   sizes = {"N": num_heads}
   checks.check_shape(op, "block_indices", block_indices, "BKTP", sizes, ("int32",))
   checks.check_heads(op, sizes)
-  checks.check_at_least(op, 1, block_size=block_size)
+  num_keys = sizes["T"] if num_keys is None else num_keys
+  checks.check_at_least(op, 1, block_size=block_size, num_keys=num_keys)
+  query_offset = checks.check_offset(op, "query_offset", query_offset, sizes)
   plan = implementations.pick(op, implementation, _PLANS, _BY_PLATFORM, tokens=sizes["T"])
-  return plan(block_indices, num_heads // sizes["K"], block_size)
+  return plan(block_indices, num_heads // sizes["K"], num_keys, block_size, query_offset)
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,

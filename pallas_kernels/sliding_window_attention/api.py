@@ -9,8 +9,10 @@ _AVAILABLE = {
     "pallas_kernels.sliding_window_attention.gpu.op:sliding_window_attention"),
   "mosaic_tpu": implementations.lazy(
     "pallas_kernels.sliding_window_attention.tpu.op:sliding_window_attention"),
+  "triton": implementations.lazy(
+    "pallas_kernels.sliding_window_attention.gpu.op:sliding_window_attention_triton"),
 }
-_BY_PLATFORM = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
 
 
 def sliding_window_attention(q, k, v, *, window=128, sinks=None, query_offset=0, segment_ids=None,
@@ -30,8 +32,8 @@ def sliding_window_attention(q, k, v, *, window=128, sinks=None, query_offset=0,
       only. Segment 0 is padding and is masked both as query (output 0) and as key.
     kv_segment_ids: i32 [B,S], the keys' documents; None if T = S and query_offset is 0.
     scale: of the logits; None is 1/sqrt(H).
-    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), "mosaic_tpu", or None to pick by
-      platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper; its backward is Triton's), "triton"
+      (Triton alone), "mosaic_tpu", or None to pick by platform.
 
   Returns:
     out [B,T,N,E] in q's dtype.

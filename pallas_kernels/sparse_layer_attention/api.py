@@ -15,8 +15,10 @@ _AVAILABLE = {
     "pallas_kernels.sparse_layer_attention.gpu.op:sparse_layer_attention"),
   "mosaic_tpu": implementations.lazy(
     "pallas_kernels.sparse_layer_attention.tpu.op:sparse_layer_attention"),
+  "triton": implementations.lazy(
+    "pallas_kernels.sparse_layer_attention.gpu.op:sparse_layer_attention_triton"),
 }
-_BY_PLATFORM = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
 
 
 def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse=None,
@@ -56,8 +58,8 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
       k_local has the length and the offset of k.
     scale: of the logits of both branches; None is 1/sqrt(H).
     plan: what `plan_blocks` returned for these indices and this implementation; None: made here.
-    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), "mosaic_tpu", or None to pick by
-      platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper; its backward is Triton's), "triton"
+      (Triton alone), "mosaic_tpu", or None to pick by platform.
 
   Returns:
     out [B,T,N,E] in q's dtype.
