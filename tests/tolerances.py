@@ -163,3 +163,17 @@ def assert_close(actual, expected, name: str):
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   assert np.isfinite(actual).all() and np.isfinite(expected).all(), f"{name}: not finite"
   np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=name)
+
+
+def assert_leaf_close(actual, expected, tolerance: str, leaf: str):
+  """Asserts that a leaf agrees in norm and in its worst element, both relative to the leaf."""
+  norm_limit, max_limit = LEAF_TOLERANCES[tolerance]
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape, f"{leaf}: shapes {actual.shape} and {expected.shape}"
+  assert np.isfinite(actual).all() and np.isfinite(expected).all(), f"{leaf}: not finite"
+  error = np.abs(actual - expected)
+  norm = np.linalg.norm(error) / np.linalg.norm(expected)
+  worst = error.max() / np.abs(expected).max()
+  assert norm <= norm_limit and worst <= max_limit, (
+    f"{leaf}: norm {norm:.4f} of at most {norm_limit}, worst element {worst:.4f} of at most "
+    f"{max_limit} of the largest")
