@@ -92,7 +92,7 @@ def dense(platform, shape):
   if platform == "gpu":
     return lambda arrays, _: (jax.nn.dot_product_attention(
       *arrays[:3], is_causal=True, implementation="cudnn"), ())
-  from experiments.bench import splash      # TPU kernels, slow to import
+  from experiments.bench import splash  # TPU kernels, slow to import
 
   kernel = splash.causal_attention(shape)
   return lambda arrays, _: (
