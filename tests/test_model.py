@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -345,6 +346,35 @@ def test_bad_tokens_and_full_caches_are_errors():
   assert np.isnan(logits).all()
   logits = forward(net, jnp.array([[3, 64, 5], [1, 2, 3]]))
   assert np.isnan(logits[0, 1:]).all() and np.isfinite(logits[1]).all()
+
+
+def test_gate_means_leave_padding_out():
+  """Rows with padding report the means of the same rows without it."""
+  net, batch = make(SMALL), random_batch((4, 64))
+  stats = lambda tokens, segments: by_layer(
+    SMALL, jax.jit(lambda net: net.hidden(tokens, segments)[1])(net))
+  padded = stats(batch.tokens, batch.segment_ids)
+  alone = stats(batch.tokens[:, :59], batch.segment_ids[:, :59])
+  with_padding = stats(batch.tokens, jnp.maximum(batch.segment_ids, 3 * (batch.segment_ids == 0)))
+  for layer in (1, 2):
+    for name in ("gate_sparse", "gate_local"):
+      value, without, over_all = (float(getattr(s[layer], name))
+                                  for s in (padded, alone, with_padding))
+      assert_close(value, without, "same_sum_f32")
+      assert abs(value - over_all) > 1e-5
+
+
+def test_a_profile_reads_like_the_model():
+  cfg = variant(pattern="window full sparse sparse", moe=MOE)
+  net = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  step = jax.jit(jax.grad(lambda net: next_token(TRAIN, net, random_batch())[0]))
+  text = step.lower(net).as_text(debug_info=True)
+  stages = [f"{kind}_layer/{stage}" for kind in ("window", "full", "sparse")
+            for stage in ("project", "attend", "out", "moe")]
+  for scope in ["embed", "full_layer/select", "head", "loss", *stages]:
+    assert re.search(rf"\b{scope}\b", text), scope
+  dense = jax.jit(lambda net, tokens: net(tokens)).lower(make(SMALL), random_tokens((1, 32)))
+  assert "sparse_layer/mlp" in dense.as_text(debug_info=True)
 
 
 def test_gates_and_loads_are_reported_by_layer():
