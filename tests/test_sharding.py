@@ -38,7 +38,7 @@ def load(name, attention):
 
 @functools.lru_cache
 def batch_of(cfg):
-  return jax.tree.map(np.asarray, data.TrainStream(cfg.data).batch(3))
+  return jax.tree.map(np.asarray, data.TrainStream(cfg).batch(3))
 
 
 @functools.lru_cache
