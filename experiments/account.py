@@ -1,4 +1,6 @@
-"""Prints parameters, FLOPs and KV bytes of a config beside its full and SWA twins; runs nothing.
+"""Prints parameters, FLOPs and KV bytes of a config beside its full and SWA baselines.
+
+Runs nothing:
 
     python -m experiments.account --config=configs/hysparse_80b_a3b.py --tokens=32768
         [--set a.b=v ...] [--kv_dtype=bf16|fp8|f32] [--json] [--picture=layers.png]

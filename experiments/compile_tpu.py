@@ -45,14 +45,15 @@ def lower(step: str, cfg: config.Config, mesh: jax.sharding.Mesh, tokens: int, c
   """
   rows = sharding.batch_sharding(mesh)
   B, T = cfg.data.batch_size, cfg.data.seq_len
-  program = train_step.build(cfg, mesh)
   described = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
   if step == "train":
+    program = train_step.build(cfg, mesh)
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
     weights = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=rows)
     with described:
       return program.step.lower(program.abstract_state, Batch(ids, ids, ids, ids, weights))
-  model = program.abstract_state.model
+  sharding.check_divisible(cfg, mesh)
+  model = train_step.abstract_model(cfg, mesh)
   cache = jax.eval_shape(lambda: kv_cache.init_cache(cfg.model, B, tokens))
   places = kv_cache.shardings(cache, mesh)
   cache = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

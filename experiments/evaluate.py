@@ -10,8 +10,8 @@
     oracle   of attention="hysparse": overlap of neighbouring tokens' selections, attention mass the
              selection covers in every layer, mean gates (hysparse_jax/evals/oracle.py)
     ruler    the 13 RULER tasks; any of them, mqar and copy can be named alone. `--form=tokens`
-             (hysparse_jax/evals/token_tasks.py): ids for models trained on them (data.task_share),
-             one forward pass over the answer. `--form=text` (evals/text_tasks.py): the benchmark's
+             (hysparse_jax/tasks/token_tasks.py): ids for models trained on them (data.task_share),
+             one forward pass over the answer. `--form=text` (tasks/text_tasks.py): the benchmark's
              prompts, answers generated through the cache
 
 Prints a table per task, or with --json one object per line and task; pictures go to
@@ -60,7 +60,7 @@ _NEEDLE_SEED = flags.DEFINE_integer("needle_seed", 0, "Needle: of keys, values a
                                     lower_bound=0)
 
 ALL_TASKS = ("heldout", "needle", "oracle")
-RECALL_TASKS = {"tokens": token_tasks.TASKS, "text": text_tasks.TASKS}   # by --form
+FORMS = {"tokens": token_tasks, "text": text_tasks}   # by --form: each has TASKS and RULER
 
 
 class Settings(NamedTuple):
@@ -89,8 +89,8 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
 
   Args:
     workdir: of `experiments.train`.
-    tasks: of `ALL_TASKS` and `RECALL_TASKS`, or "ruler" for the 13; None: those of `ALL_TASKS`
-      that the model has.
+    tasks: of `ALL_TASKS` and the `TASKS` of the form, or "ruler" for its 13; None: those of
+      `ALL_TASKS` that the model has.
     settings: None: the defaults.
     console: where tables go; None: nowhere.
 
@@ -101,8 +101,9 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
   tasks, asked = _known(tasks, settings.form)
   if not workdir:
     raise UserError("--workdir is missing; name the folder of a run, such as runs/tiny")
-  cfg, model, tokenizer, step = load_run(workdir)
-  run = _Run(cfg, model, tokenizer, pathlib.Path(workdir) / "plots")
+  loaded = load_run(workdir)
+  cfg = loaded.cfg
+  run = _Run(cfg, loaded.model, loaded.tokenizer, pathlib.Path(workdir) / "plots")
   if tasks is None:
     has_oracle = cfg.model.attention == "hysparse" and "sparse" in cfg.model.layer_kinds
     tasks = ALL_TASKS if has_oracle else ALL_TASKS[:2]
@@ -116,7 +117,7 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
       row, shown, paths = function(run, settings)
       found = [row]
     paths = [str(path) for path in paths]
-    rows += [{"task": task, "step": step, **row, "plots": paths}
+    rows += [{"task": task, "step": loaded.step, **row, "plots": paths}
              for task, row in zip(names, found)]
     if console is not None:
       for part in (*shown, *(f"wrote {path}" for path in paths), ""):
@@ -128,11 +129,11 @@ def _known(tasks, form):
   """The tasks of `ALL_TASKS` asked for (None: whatever there is) and the recall tasks."""
   if tasks is None:
     return None, []
-  recall_tasks = RECALL_TASKS[form]
+  recall_tasks = FORMS[form].TASKS
   first, asked = [], []
   for task in tasks:
     if task == "ruler":
-      asked += list(recall_tasks)[:13]
+      asked += FORMS[form].RULER
     elif task in ALL_TASKS:
       first.append(task)
     elif task in recall_tasks:
@@ -148,7 +149,7 @@ def _known(tasks, form):
 def _batches(run, settings):
   seq_len = run.cfg.data.seq_len if settings.seq_len is None else settings.seq_len
   rows = max(1, run.cfg.data.batch_size * run.cfg.data.seq_len // max(seq_len, 1))
-  return data.heldout_batches(run.cfg.data, settings.batches, rows, seq_len)
+  return data.heldout_batches(run.cfg, settings.batches, rows, seq_len)
 
 
 def _heldout(run, settings):

@@ -9,8 +9,8 @@ The same from Python:
     from hysparse_jax.inference.load import load_run
     from hysparse_jax.inference.sampling import generate_text
 
-    cfg, model, tokenizer, step = load_run("runs/tiny")
-    print(generate_text(model, tokenizer, "def main(", 200, temperature=0.8, seed=1))
+    run = load_run("runs/tiny")
+    print(generate_text(run.model, run.tokenizer, "def main(", 200, temperature=0.8, seed=1))
 """
 
 import json

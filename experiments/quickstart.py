@@ -1,4 +1,4 @@
-"""Trains a tiny HySparse and its full-attention twin on real text and shows what differs.
+"""Trains a tiny HySparse and its full-attention baseline on real text and shows what differs.
 
     python -m experiments.quickstart --workdir=runs/quickstart
 
@@ -49,9 +49,9 @@ def main(argv):
   cfg = results["hysparse"][0]
   console.print(f"held-out unigram entropy: {_unigram_bits(cfg):.2f} bits/byte\n")
 
-  _, model, tokenizer, _ = load_run(workdir / "hysparse")
+  run = load_run(workdir / "hysparse")
   console.print("a sample (temperature 0.7):", style="bold")
-  text = generate_text(model, tokenizer, PROMPT, 200, temperature=0.7, seed=0)
+  text = generate_text(run.model, run.tokenizer, PROMPT, 200, temperature=0.7, seed=0)
   console.print(PROMPT + text + "\n", markup=False, emoji=False)
 
   console.print("which blocks tokens pick, and how much attention they cover:", style="bold")
@@ -63,7 +63,7 @@ def main(argv):
                          title=f"configs/tiny.py: {cfg.model.num_layers} layers")):
     console.print(f"wrote {path}", soft_wrap=True)
   console.print(f"\n{time.perf_counter() - begun:.0f} s in all. Next: change one field, such as "
-                "--set model.window=16, or read hysparse_jax/hybrid.py.")
+                "--set model.window=16, or read hysparse_jax/model/hybrid.py.")
 
 
 def _table(results) -> Table:
@@ -86,7 +86,7 @@ def _table(results) -> Table:
 def _unigram_bits(cfg: config.Config) -> float:
   """Entropy of the held-out targets' frequencies: the best a model without context could do."""
   counts = collections.Counter()
-  for batch in data.heldout_batches(cfg.data, cfg.train.eval_batches):
+  for batch in data.heldout_batches(cfg, cfg.train.eval_batches):
     counts.update(batch.targets[batch.weights > 0].tolist())
   share = np.asarray(list(counts.values())) / counts.total()
   return float(-(share * np.log2(share)).sum()) if counts else math.nan

@@ -9,20 +9,29 @@ import sys
 import numpy as np
 import pytest
 
-from hysparse_jax.config import DataConfig
+from hysparse_jax.config import Config, DataConfig, ModelConfig
 from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
 from tests.corpora import DOCUMENTS, read_back, train_documents, write_folder, write_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 T, B = 64, 4
-GOLDEN = ["2a21d6abbb47271d", "e100124f24508d50"]   # SHA-256 of 8 batches: packed, unpacked
+BLOCK = 16      # to which documents are aligned
+# SHA-256 of 8 batches: packed anywhere, unpacked, packed and aligned.
+GOLDEN = ["2a21d6abbb47271d", "e100124f24508d50", "10efc034099d5bb9"]
 
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
   folder = write_folder(tmp_path_factory.mktemp("corpus") / "texts")
-  return DataConfig(source=str(folder), seq_len=T, batch_size=B, heldout_fraction=0.15)
+  return Config(
+    model=ModelConfig(block_size=BLOCK, selected_tokens=64),
+    data=DataConfig(source=str(folder), seq_len=T, batch_size=B, heldout_fraction=0.15))
+
+
+def changed(cfg, **fields):
+  """The config with other settings of its data."""
+  return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **fields))
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +60,13 @@ def in_order(stream, step):
 
 
 def stream_of(stream, steps):
-  return b"".join(in_order(stream, step).tokens.astype(np.uint8).tobytes()
-                  for step in range(steps))
+  """The text of the first steps, without the padding between documents."""
+  batches = [in_order(stream, step) for step in range(steps)]
+  return b"".join(batch.tokens[batch.segment_ids > 0].astype(np.uint8).tobytes()
+                  for batch in batches)
 
 
-def loop_rows(visits, seq_len, packing):
+def loop_rows(visits, seq_len, packing, align=1):
   """Rows from a list of documents, one token at a time: the meaning of the five arrays."""
   rows, row = [], []
   for visit, document in enumerate(visits):
@@ -65,6 +76,8 @@ def loop_rows(visits, seq_len, packing):
       pieces.append((token, target, visit))
     if not packing and len(pieces) > 1 and (len(pieces) - 1) % seq_len == 0:
       pieces.pop()   # the last token is only a target: it has no row to itself
+    if packing:
+      pieces += [None] * (-len(pieces) % align)
     for piece in pieces:
       row.append(piece)
       if len(row) == seq_len:
@@ -76,7 +89,10 @@ def loop_rows(visits, seq_len, packing):
   built = np.zeros((5, len(rows), seq_len), np.int64)
   for r, row in enumerate(rows):
     segment, position, previous = 0, 0, None
-    for c, (token, target, visit) in enumerate(row):
+    for c, piece in enumerate(row):
+      if piece is None:
+        continue
+      token, target, visit = piece
       segment, position = (segment, position + 1) if visit == previous else (segment + 1, 0)
       previous = visit
       built[:, r, c] = token, target or 0, segment, position, target is not None
@@ -86,16 +102,16 @@ def loop_rows(visits, seq_len, packing):
 # Batches
 
 
-@pytest.mark.parametrize("seed", [0, 7])
-def test_packed_batches_equal_a_loop_over_the_documents(cfg, seed):
-  cfg = dataclasses.replace(cfg, seed=seed)
-  stream, known = data.TrainStream(cfg), train_documents(cfg)
+@pytest.mark.parametrize("seed, align", [(0, True), (0, False), (7, True)])
+def test_packed_batches_equal_a_loop_over_the_documents(cfg, seed, align):
+  cfg = changed(cfg, seed=seed, align_documents=align)
+  stream, known = data.TrainStream(cfg), train_documents(cfg.data)
   assert stream.num_documents == len(known)
   assert stream.tokens_per_epoch == sum(map(len, known))
   steps = 3 * stream.tokens_per_epoch // (B * T)   # nearly three epochs
   batches = [in_order(stream, step) for step in range(steps)]
   visits = read_back(stream_of(stream, steps + 1), known)   # one more: the last row's target
-  expected = loop_rows(visits, T, packing=True)
+  expected = loop_rows(visits, T, packing=True, align=BLOCK if align else 1)
   for name, want, *got in zip(data.Batch._fields, expected, *batches):
     np.testing.assert_array_equal(np.concatenate(got), want[:steps * B], err_msg=name)
   dtypes = [a.dtype for a in batches[0]]
@@ -105,7 +121,7 @@ def test_packed_batches_equal_a_loop_over_the_documents(cfg, seed):
 def test_each_document_once_per_epoch_in_a_new_order(cfg):
   orders = {}
   for seed in (0, 1):
-    stream, known = data.TrainStream(dataclasses.replace(cfg, seed=seed)), train_documents(cfg)
+    stream, known = data.TrainStream(changed(cfg, seed=seed)), train_documents(cfg.data)
     visits = read_back(stream_of(stream, 3 * stream.tokens_per_epoch // (B * T)), known)
     for epoch in range(2):
       order = visits[epoch * len(known):(epoch + 1) * len(known)]
@@ -120,18 +136,23 @@ def test_a_document_that_follows_itself_is_a_new_segment(cfg, tmp_path):
   first, second = (hashlib.sha256(text.encode()).digest() for text in ("never seen", "abc" * 30))
   assert first < second   # so a fraction between the two holds out the first
   fraction = (int.from_bytes(first[:8], "big") + 2**40) / 2**64
-  stream = data.TrainStream(dataclasses.replace(cfg, source=str(folder), batch_size=1,
+  stream = data.TrainStream(changed(cfg, source=str(folder), batch_size=1,
                                                 heldout_fraction=fraction))
   assert (stream.num_documents, stream.tokens_per_epoch) == (1, 90)
-  # Tokens 64 to 127: the end of one epoch, the start of the next.
+  # Places 64 to 127: the end of one epoch, the start of the next, at the next key block.
   batch = stream._rows.take(np.array([1]))
+  assert batch.segment_ids.tolist() == [[1] * 26 + [0] * 6 + [2] * 32]
+  assert batch.weights.tolist() == [[1] * 25 + [0] * 7 + [1] * 32]
+  anywhere = changed(cfg, source=str(folder), batch_size=1, heldout_fraction=fraction,
+                     align_documents=False)
+  batch = data.TrainStream(anywhere)._rows.take(np.array([1]))
   assert batch.segment_ids.tolist() == [[1] * 26 + [2] * 38]
   assert batch.weights.tolist() == [[1] * 25 + [0] + [1] * 38]
 
 
 def test_unpacked_rows_hold_one_document_each(cfg):
-  cfg = dataclasses.replace(cfg, packing=False)
-  stream, known = data.TrainStream(cfg), train_documents(cfg)
+  cfg = changed(cfg, packing=False)
+  stream, known = data.TrainStream(cfg), train_documents(cfg.data)
   per_epoch = sum(max(1, -(-(len(document) - 1) // T)) for document in known)
   steps = 2 * per_epoch // B
   got = [np.concatenate(arrays) for arrays in zip(*(in_order(stream, s) for s in range(steps)))]
@@ -147,13 +168,13 @@ def test_unpacked_rows_hold_one_document_each(cfg):
 
 def test_every_next_token_is_predicted_once_per_epoch(cfg):
   for packing in (True, False):
-    stream = data.TrainStream(dataclasses.replace(cfg, packing=packing))
+    stream = data.TrainStream(changed(cfg, packing=packing))
     rows = stream._rows.per_pass
-    known = train_documents(cfg)
+    known = train_documents(cfg.data)
     weights = np.concatenate([in_order(stream, step).weights for step in range(-(-rows // B))])
     predictions = sum(len(document) - 1 for document in known)
     if packing:   # the last row runs on into the next epoch
-      weights = weights.reshape(-1)[:stream.tokens_per_epoch]
+      weights = weights.reshape(-1)[:sum(-(-len(document) // BLOCK) * BLOCK for document in known)]
     else:
       weights = weights[:rows]
     assert weights.sum() == predictions
@@ -161,7 +182,7 @@ def test_every_next_token_is_predicted_once_per_epoch(cfg):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_are_shuffled_within_every_pass(cfg, packing):
-  stream = data.TrainStream(dataclasses.replace(cfg, packing=packing))
+  stream = data.TrainStream(changed(cfg, packing=packing))
   rows = stream._rows.per_pass
   straight = stream._rows.take(np.arange(2 * rows + B)).tokens
   order = data.shuffled_rows(np.arange(2 * rows + B), rows, seed=0)
@@ -195,7 +216,7 @@ def test_hosts_and_workers_do_not_change_the_batches(cfg, workers):
   want = sha(whole.batch(step) for step in range(first, first + steps))
 
   def take(host, hosts):
-    stream = data.TrainStream(dataclasses.replace(cfg, workers=workers), host, hosts)
+    stream = data.TrainStream(changed(cfg, workers=workers), host, hosts)
     assert stream.fingerprint == whole.fingerprint
     iterator = stream.iterator(first)
     taken = [next(iterator) for _ in range(steps)]
@@ -229,8 +250,9 @@ def test_batch_is_a_pure_function_of_the_step(cfg):
 
 def test_batches_are_the_same_on_every_machine_and_version(cfg):
   # Computed once by this code; a change of it is a change of data.VERSION.
-  digests = [sha(data.TrainStream(dataclasses.replace(cfg, packing=packing)).batch(step)
-                 for step in range(8))[:16] for packing in (True, False)]
+  digests = [sha(data.TrainStream(changed(cfg, packing=packing, align_documents=align)).batch(step)
+                 for step in range(8))[:16]
+             for packing, align in ((True, False), (False, True), (True, True))]
   assert (data.VERSION, digests) == ("2", GOLDEN)
 
 
@@ -249,9 +271,10 @@ def test_an_open_iterator_ends_with_its_process(cfg, tmp_path, workers, ending, 
   script = f"""
 import multiprocessing, os, signal
 from hysparse_jax.data import batches as data
-from hysparse_jax.config import DataConfig
-batches = data.TrainStream(DataConfig(source={cfg.source!r}, seq_len=64, batch_size=4,
-                                      heldout_fraction=0.15, workers={workers})).iterator(0)
+from hysparse_jax.config import Config, DataConfig
+batches = data.TrainStream(Config(data=DataConfig(
+  source={cfg.data.source!r}, seq_len=64, batch_size=4, heldout_fraction=0.15,
+  workers={workers}))).iterator(0)
 next(batches), next(batches)   # one of each worker
 for worker in multiprocessing.active_children():
   os.kill(worker.pid, signal.SIGTERM)
@@ -281,19 +304,30 @@ def test_fingerprint_names_what_changed(cfg, tmp_path, tokenizer_json):
     "batch_size": {"batch_size": 8}, "packing": {"packing": False},
     "heldout_fraction": {"heldout_fraction": 0.2}, "seed": {"seed": 1},
   }
-  assert set(saved) == {"version", *changes}
+  assert set(saved) == {"version", *changes, "align_documents"}
   for name, change in changes.items():
-    current = data.TrainStream(dataclasses.replace(cfg, **change)).fingerprint
+    current = data.TrainStream(changed(cfg, **change)).fingerprint
     with pytest.raises(UserError) as caught:
       data.check_fingerprint(saved, current)
     message = str(caught.value)
     assert f"{name} was {saved[name]}, is {current[name]}" in message
-    assert message.count(" was ") == 1 and "\n" not in message
+    # Rows of one document each have nothing to align.
+    assert message.count(" was ") == (2 if name == "packing" else 1) and "\n" not in message
   for change in ({"workers": 3}, {"source": str(same)}):
     data.check_fingerprint(saved,
-                           data.TrainStream(dataclasses.replace(cfg, **change)).fingerprint)
+                           data.TrainStream(changed(cfg, **change)).fingerprint)
   with pytest.raises(UserError, match="version was absent, is 2"):
     data.check_fingerprint({k: v for k, v in saved.items() if k != "version"}, saved)
+  # A run from before documents were aligned: the error names the setting that resumes it.
+  before = {name: value for name, value in saved.items() if name != "align_documents"}
+  with pytest.raises(UserError, match="align_documents was absent, is 16; .*"
+                                      "--set data.align_documents=False packs") as caught:
+    data.check_fingerprint(before, saved)
+  assert "\n" not in str(caught.value)
+  data.check_fingerprint(before, data.TrainStream(changed(cfg, align_documents=False)).fingerprint)
+  unpacked = [data.TrainStream(changed(cfg, packing=False, align_documents=align)).fingerprint
+              for align in (True, False)]
+  assert unpacked[0] == unpacked[1]                       # the same batches
   assert json.loads(json.dumps(saved)) == saved
 
 
@@ -302,14 +336,14 @@ def test_fingerprint_names_what_changed(cfg, tmp_path, tokenizer_json):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_heldout_batches_are_one_pass_over_the_heldout_documents(cfg, packing):
-  cfg = dataclasses.replace(cfg, packing=packing)
-  heldout = data.Corpus.open(cfg).heldout
+  cfg = changed(cfg, packing=packing)
+  heldout = data.Corpus.open(cfg.data).heldout
   batches = data.heldout_batches(cfg, 1000, batch_size=3, seq_len=16)
-  rows = loop_rows(heldout, 16, packing)
+  rows = loop_rows(heldout, 16, packing, BLOCK)
   if packing:   # the loop keeps whole rows; the rest of the last one is checked through the sums
     assert sum(b.weights.sum() for b in batches) == sum(len(d) - 1 for d in heldout)
     assert sum((b.segment_ids > 0).sum() for b in batches) == sum(map(len, heldout))
-  per_pass = -(-sum(map(len, heldout)) // 16) if packing else rows.shape[1]
+  per_pass = sum(-(-len(d) // 16) for d in heldout) if packing else rows.shape[1]
   order = data.shuffled_rows(np.arange(3 * len(batches)), per_pass, seed=0)
   assert (order[:len(rows[0])] != np.arange(len(rows[0]))).any()
   for name, want, *got in zip(data.Batch._fields, rows, *batches):
@@ -318,21 +352,36 @@ def test_heldout_batches_are_one_pass_over_the_heldout_documents(cfg, packing):
     assert len(got) % 3 == 0 and len(got) - len(want) <= 3
     if not packing:
       assert not got[len(want):].any()
-  few = data.heldout_batches(dataclasses.replace(cfg, seed=9), 2, batch_size=3, seq_len=16)
+  few = data.heldout_batches(changed(cfg, seed=9), 2, batch_size=3, seq_len=16)
   assert len(few) == 2
   for left, right in zip(few, batches):
     assert_same(left, right)
   assert data.heldout_batches(cfg, 1)[0].tokens.shape == (B, T)
   with pytest.raises(UserError, match="held-out count is 0"):
     data.heldout_batches(cfg, 0)
+  if packing:
+    with pytest.raises(UserError, match="rows of 24 tokens are not whole key blocks of "
+                                        "model.block_size=16"):
+      data.heldout_batches(cfg, 1, seq_len=24)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_padding_share_is_what_an_epoch_holds(cfg, packing):
+  stream = data.TrainStream(changed(cfg, packing=packing))
+  rows = stream._rows.take(np.arange(stream._rows.per_pass)).segment_ids.reshape(-1)
+  if packing:      # the last row runs on into the next epoch
+    rows = rows[:sum(-(-len(d) // BLOCK) * BLOCK for d in train_documents(cfg.data))]
+  assert 0.05 < stream.padding_share < 0.5
+  np.testing.assert_allclose((rows == 0).mean(), stream.padding_share, rtol=1e-12)
+  assert (stream.batch(3).weights[stream.batch(3).segment_ids == 0] == 0).all()
 
 
 def test_default_stream_reads_the_standard_library():
-  assert data.TrainStream(DataConfig()).batch(0).tokens.shape == (8, 512)
+  assert data.TrainStream(Config()).batch(0).tokens.shape == (8, 512)
 
 
 @pytest.mark.parametrize("change, message", [
-  ({"seq_len": 100_000}, r"training tokens, less than one row of data\.seq_len=100000"),
+  ({"seq_len": 160_000}, r"training tokens, less than one row of data\.seq_len=160000"),
   ({"heldout_fraction": 1e-9}, r"too few documents for a held-out split: 60 for training, 0 held"),
   ({"format": "parquet"}, r"has no parquet file \(\.parquet\)"),
   ({"source": "python_stdlib", "format": "jsonl"}, r"data\.format='jsonl' does not fit"),
@@ -340,7 +389,7 @@ def test_default_stream_reads_the_standard_library():
 ])
 def test_bad_config(cfg, change, message):
   with pytest.raises(UserError, match=message) as caught:
-    data.TrainStream(dataclasses.replace(cfg, **change))
+    data.TrainStream(changed(cfg, **change))
   assert "\n" not in str(caught.value)
 
 

@@ -19,7 +19,7 @@ from hysparse_jax.model.decoder_layer import TokenContext
 from hysparse_jax.model.hybrid import FullLayer, SparseLayer, by_layer
 from hysparse_jax.model.layers import positions_within
 from hysparse_jax.model.transformer import Transformer
-from hysparse_jax.training.losses import next_token
+from hysparse_jax.training import losses
 from tests.tolerances import TOLERANCES, assert_close
 
 # Two groups of layers, (full + 2) and a last full one; 8 blocks of 16 keys at T=128, 2 selected.
@@ -168,7 +168,7 @@ def lowered(cfg):
   """The program of the loss, and of its gradient where only that can differ."""
   abstract = jax.eval_shape(lambda key: Transformer(cfg, rngs=nnx.Rngs(key)), jax.random.key(0))
   batch = jax.eval_shape(lambda: random_batch((2, 128)))
-  objective = lambda net, batch: next_token(TRAIN, net, batch)[0]
+  objective = lambda net, batch: losses.next_token(config.TrainConfig(), net, batch)[0]
   objective = objective if cfg.remat == "none" else jax.grad(objective)
   return jax.jit(objective).lower(abstract, batch).as_text()
 
@@ -270,12 +270,17 @@ def test_sharing_the_kv_takes_projections_away():
 
 
 def test_remat_changes_memory_not_values():
-  batch = random_batch()
-  results = []
+  """Six hybrid blocks, so that what each saves outweighs what one needs while it is recomputed."""
+  batch, results, temporaries = random_batch(), [], []
   for remat in ("none", "layer", "block"):
-    net = make(variant(remat=remat))
-    value, grads = jax.jit(jax.value_and_grad(lambda net: next_token(TRAIN, net, batch)[0]))(net)
+    net = make(variant(num_layers=18, remat=remat))
+    program = jax.jit(jax.value_and_grad(
+      lambda net: losses.next_token(config.TrainConfig(), net, batch)[0])).lower(net).compile()
+    value, grads = program(net)
     results.append((value, jax.tree.leaves(grads)))
+    temporaries.append(program.memory_analysis().temp_size_in_bytes)
+  none, layer, block = temporaries
+  assert layer < 0.7 * none and block < 0.7 * none, temporaries
   for value, grads in results[1:]:
     assert_close(value, results[0][0], "same_sum_f32")
     for a, b in zip(grads, results[0][1]):
@@ -301,10 +306,9 @@ def test_the_head_multiplies_in_the_compute_dtype_both_ways():
 
 def test_loss_in_chunks_and_z_loss():
   net, batch = make(variant(tied_embeddings=True)), random_batch()
-  with_z = config.TrainConfig(z_loss=0.01)
-  whole, stats = jax.jit(lambda net: next_token(with_z, net, batch))(net)
-  chunked, _ = jax.jit(lambda net: next_token(
-    dataclasses.replace(with_z, loss_chunk=16), net, batch))(net)
+  loss = jax.jit(losses.next_token, static_argnums=0)
+  whole, stats = loss(config.TrainConfig(z_loss=0.01), net, batch)
+  chunked, _ = loss(config.TrainConfig(z_loss=0.01, loss_chunk=16), net, batch)
   assert_close(chunked, whole, "same_sum_f32")
   logits = np.asarray(forward(net, batch.tokens, batch.segment_ids, batch.positions), np.float64)
   lse = np.log(np.exp(logits).sum(-1))
@@ -367,7 +371,7 @@ def test_gate_means_leave_padding_out():
 def test_a_profile_reads_like_the_model():
   cfg = variant(pattern="window full sparse sparse", moe=MOE)
   net = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
-  step = jax.jit(jax.grad(lambda net: next_token(TRAIN, net, random_batch())[0]))
+  step = jax.jit(jax.grad(lambda net: losses.next_token(TRAIN, net, random_batch())[0]))
   text = step.lower(net).as_text(debug_info=True)
   stages = [f"{kind}_layer/{stage}" for kind in ("window", "full", "sparse")
             for stage in ("project", "attend", "out", "moe")]
@@ -379,7 +383,8 @@ def test_a_profile_reads_like_the_model():
 
 def test_gates_and_loads_are_reported_by_layer():
   net = make(variant(moe=MOE))
-  _, stats = jax.jit(lambda net, batch: next_token(TRAIN, net, batch))(net, random_batch())
+  _, stats = jax.jit(losses.next_token, static_argnums=0)(config.TrainConfig(), net,
+                                                           random_batch())
   layers = by_layer(net.cfg, stats.layers)
   assert [layer.gate_sparse is None for layer in layers] == [True, False, False, True]
   for layer in layers:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hysparse_jax.config import ModelConfig
+from hysparse_jax.config import MeshConfig, ModelConfig
 from hysparse_jax.data.tokenizer import ByteTokenizer
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference import sampling
 from hysparse_jax.inference.sampling import generate, generate_text, sample_token
 from hysparse_jax.inference.text_stream import TextStream
 from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.sharding import make_mesh, shardings
 from tests.tolerances import assert_close
 
 LOGITS = np.log([0.05, 0.4, 0.1, 0.3, 0.15])
@@ -193,3 +194,29 @@ def test_generate_text_streams_what_it_returns(model):
 def test_generate_text_bad_input(model, changes, message):
   with pytest.raises(UserError, match=message):
     generate_text(model, ByteTokenizer(), **(dict(prompt="a", max_new_tokens=2) | changes))
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_prompts_of_many_lengths_share_their_programs(model, committed):
+  """One prefill and one decode program for each cache length, also of weights that are placed."""
+  if committed:
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    model = jax.device_put(model, shardings(model, mesh))
+  programs = sampling._programs_of(model)
+  for program in programs:
+    program.clear_cache()
+  for length in (1, 5, 21, 56):                  # with 8 new tokens: 64 of cache
+    generate(model, np.ones((1, length), int), 8)
+  assert [program._cache_size() for program in programs] == [1, 1, 1]
+  generate(model, np.ones((1, 60), int), 8)      # 68: a cache of 96
+  assert [program._cache_size() for program in programs] == [2, 2, 2]
+  for length in (600, 700):                      # chunks of 512, caches of 768
+    generate(model, np.ones((1, length), int), 8)
+  assert [program._cache_size() for program in programs] == [3, 3, 3]
+
+
+def test_padded_lengths_are_few_and_never_short():
+  lengths = [sampling.padded_length(n) for n in range(1, 5000)]
+  assert all(n <= length <= max(64, 1.5 * n) for n, length in enumerate(lengths, 1))
+  assert sorted(set(lengths)) == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072,
+                                  4096, 6144]

@@ -15,9 +15,9 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.hybrid import by_layer
 from hysparse_jax.model.transformer import Transformer
-from hysparse_jax.training import losses
 from hysparse_jax.training import step as train_step
 from hysparse_jax.training.checkpoint import Checkpoints
+from hysparse_jax.training.losses import next_token
 from tests.test_configs import REPO
 from tests.tolerances import assert_close
 
@@ -52,7 +52,7 @@ def gradients(cfg, mesh):
   sharding.check_divisible(cfg, mesh)
 
   def objective(net, batch):
-    return losses.next_token(config.TrainConfig(z_loss=1e-3), net, batch)[0]
+    return next_token(config.TrainConfig(z_loss=1e-3), net, batch)[0]
 
   net = weights_of(cfg)
   places = sharding.shardings(net, mesh)

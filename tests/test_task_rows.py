@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from hysparse_jax.config import DataConfig
+from hysparse_jax.config import Config, DataConfig, ModelConfig
 from hysparse_jax.data import batches as data
 from hysparse_jax.data import task_rows
 from hysparse_jax.data.task_rows import open_task_rows, split_row
@@ -19,8 +19,15 @@ T = 512
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
   source = write_folder(tmp_path_factory.mktemp("text") / "documents")
-  return DataConfig(source=str(source), seq_len=T, batch_size=8, heldout_fraction=0.2,
-                    task_share=0.375, task_ids=300)
+  return Config(
+    model=ModelConfig(block_size=64),
+    data=DataConfig(source=str(source), seq_len=T, batch_size=8, heldout_fraction=0.2,
+                    task_share=0.375, task_ids=300))
+
+
+def changed(cfg, **fields):
+  """The config with other settings of its data."""
+  return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **fields))
 
 
 def _is_task(batch):
@@ -35,7 +42,7 @@ def test_share_is_exact_and_nothing_is_lost(cfg):
     assert numbers == list(range(len(numbers)))
   stream = data.TrainStream(cfg)
   assert [_is_task(stream.batch(step)).sum() for step in range(4)] == [3] * 4
-  plain = data.TrainStream(dataclasses.replace(cfg, task_share=0.0))
+  plain = data.TrainStream(changed(cfg, task_share=0.0))
   text = [row.tolist() for step in range(8) for row in stream.batch(step).tokens
           if row.max() < 256]
   assert text == [row.tolist() for step in range(5) for row in plain.batch(step).tokens]
@@ -43,7 +50,7 @@ def test_share_is_exact_and_nothing_is_lost(cfg):
 
 
 def test_answers_alone_have_weight(cfg):
-  stream = data.TrainStream(dataclasses.replace(cfg, task_share=1.0))
+  stream = data.TrainStream(changed(cfg, task_share=1.0))
   lengths = set()
   for step in range(3):
     batch = stream.batch(step)
@@ -51,7 +58,7 @@ def test_answers_alone_have_weight(cfg):
       asked = batch.weights[row] > 0
       weights = np.unique(batch.weights[row][asked])
       assert len(weights) == 1
-      expected = min(cfg.task_weight * T / asked.sum(), task_rows.MAX_ANSWER_WEIGHT)
+      expected = min(cfg.data.task_weight * T / asked.sum(), task_rows.MAX_ANSWER_WEIGHT)
       np.testing.assert_allclose(weights[0], expected, rtol=1e-6)
       at = np.flatnonzero(asked)
       np.testing.assert_array_equal(batch.targets[row, at], batch.tokens[row, at + 1])
@@ -64,7 +71,7 @@ def test_answers_alone_have_weight(cfg):
 
 def test_samples_grow_during_warmup(cfg):
   """12 steps of 3 task rows, four lengths: nine rows until each next length joins."""
-  rows = open_task_rows(dataclasses.replace(cfg, task_warmup_steps=12), 256)
+  rows = open_task_rows(changed(cfg, task_warmup_steps=12), 256)
   plain = open_task_rows(cfg, 256)
   length = lambda number: T // rows.take(number, None)["segment_ids"].max()
   lengths = [length(number) for number in range(36)]
@@ -77,7 +84,7 @@ def test_samples_grow_during_warmup(cfg):
 
 
 def test_context_weighs_what_it_is_told_to(cfg):
-  rows = [open_task_rows(dataclasses.replace(cfg, task_context_weight=weight), 256)
+  rows = [open_task_rows(changed(cfg, task_context_weight=weight), 256)
           for weight in (0.0, 0.25)]
   for number in range(20):
     plain, row = (one.take(number, None) for one in rows)
@@ -91,14 +98,14 @@ def test_context_weighs_what_it_is_told_to(cfg):
 
 def test_rows_hold_training_samples(cfg):
   """Every piece is `sample(..., split="train")` of its number, and none is an evaluation's."""
-  rows = open_task_rows(dataclasses.replace(cfg, tasks="vt,mqar"), 256)
+  rows = open_task_rows(changed(cfg, tasks="vt,mqar"), 256)
   row = rows.take(7, None)
   pieces = row["segment_ids"].max()
   length = T // pieces
   for piece in range(pieces):
     tokens = row["tokens"][piece * length:(piece + 1) * length].tolist()
     drawn = {split: [token_tasks.sample(task, rows.ids, length, 7 * pieces + piece, split=split,
-                                        seed=cfg.seed).tokens.tolist() for task in rows.tasks]
+                                        seed=cfg.data.seed).tokens.tolist() for task in rows.tasks]
              for split in token_tasks.SPLITS}
     assert tokens in drawn["train"] and tokens not in drawn["eval"]
 
@@ -113,8 +120,27 @@ def test_hosts_and_workers_agree(cfg):
   batches.close()
 
 
+def test_samples_start_at_key_blocks(cfg):
+  """Key blocks of 128 tokens: samples of 64 are padded to one, longer ones are whole blocks."""
+  rows = open_task_rows(dataclasses.replace(cfg, model=ModelConfig(block_size=128)), 256)
+  plain = open_task_rows(cfg, 256)
+  strides = set()
+  for number in range(30):
+    row, same = rows.take(number, None), plain.take(number, None)
+    starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) > 0)
+    assert (starts % 128 == 0).all()
+    length, = np.unique(np.bincount(row["segment_ids"])[1:])
+    strides.add((length, T // len(starts)))
+    padding = row["segment_ids"] == 0
+    assert not any(row[name][padding].any() for name in row)
+    if length >= 128:
+      for name, value in same.items():
+        np.testing.assert_array_equal(row[name], value, err_msg=name)
+  assert strides == {(64, 128), (128, 128), (256, 256), (512, 512)}
+
+
 def test_positions_skip_ahead_within_a_sample(cfg):
-  rows = open_task_rows(dataclasses.replace(cfg, task_positions=4 * T), 256)
+  rows = open_task_rows(changed(cfg, task_positions=4 * T), 256)
   plain = open_task_rows(cfg, 256)
   furthest = 0
   for number in range(30):
@@ -132,10 +158,10 @@ def test_positions_skip_ahead_within_a_sample(cfg):
 @pytest.mark.parametrize("changes, message", [
   (dict(tasks="vt,niah"), "unknown task 'niah'"),
   (dict(task_ids=63), "task_ids is 63; the tasks need at least 64"),
-  (dict(seq_len=40, tasks="cwe"), "seq_len=40 is too short for every task"),
+  (dict(seq_len=64, tasks="cwe"), "seq_len=64 is too short for every task"),
 ])
 def test_bad_mixtures(cfg, changes, message):
   with pytest.raises(UserError, match=message):
-    open_task_rows(dataclasses.replace(cfg, **changes), 256)
+    open_task_rows(changed(cfg, **changes), 256)
   with pytest.raises(UserError, match="task_share is 1.5; it must be between 0 and 1"):
-    dataclasses.replace(cfg, task_share=1.5)
+    changed(cfg, task_share=1.5)

@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 
+from hysparse_jax import config
 from hysparse_jax.data import batches as data
 from hysparse_jax.evals import oracle
 from hysparse_jax.inference.load import load_run
@@ -29,7 +30,7 @@ def overlap_rows(workdir, steps, *, batches: int = 1) -> tuple[list[dict], objec
   rows, result = [], None
   for step in steps:
     cfg, model, _, _ = load_run(workdir, step)
-    held_out = data.heldout_batches(cfg.data, batches, 1, cfg.data.seq_len)
+    held_out = data.heldout_batches(cfg, batches, 1, cfg.data.seq_len)
     result = oracle.oracle(model, held_out)
     for layer in result.layers:
       if layer.coverage is None:
@@ -52,8 +53,10 @@ def save_selection(workdir, tokens: int, path, *, name: str = "hysparse") -> np.
     What was saved under `name` in the npz file: i16 [layers that select * K, tokens, P].
   """
   cfg, model, _, _ = load_run(workdir)
-  batch, = data.heldout_batches(cfg.data, 1, 1, tokens)
-  # One document over the whole row, as in the selections recorded before: `segment_ids` None.
+  # One document over the whole row, as in the selections recorded before: no padding between the
+  # documents it is made of, and `segment_ids` None.
+  cfg = config.override(cfg, "data.align_documents=False")
+  batch, = data.heldout_batches(cfg, 1, 1, tokens)
   _, layers = oracle.trace(model, batch.tokens)
   picked = [layer.picked[0] for layer in layers if layer.distance == 0 and layer.picked is not None]
   picks = np.concatenate(picked).astype(np.int16)

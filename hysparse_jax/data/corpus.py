@@ -267,10 +267,10 @@ def _json_object(data: bytes, where) -> dict:
   try:
     value = json.loads(data.decode())
   except (ValueError, RecursionError) as error:
-    raise UserError(f"{where}: not valid JSON ({error}); mend or remove it") from error
+    raise UserError(f"{where}: not valid JSON ({error}); fix or remove it") from error
   if not isinstance(value, dict):
     raise UserError(f"{where}: a JSON {type(value).__name__}, not an object with a text field; "
-                    "mend or remove it")
+                    "fix or remove it")
   return value
 
 
@@ -283,11 +283,11 @@ def _field(record: dict, name: str, where) -> bytes:
     return _utf8(text, where)
   if not isinstance(text, str):
     raise UserError(f"{where}: field {name!r} is {type(text).__name__}, not a string; set "
-                    "data.text_field, or mend the record")
+                    "data.text_field, or fix the record")
   try:
     return text.encode()
   except UnicodeEncodeError as error:
-    raise UserError(f"{where}: field {name!r} holds a lone surrogate, which is no text; mend or "
+    raise UserError(f"{where}: field {name!r} holds a lone surrogate, which is no text; fix or "
                     "remove it") from error
 
 

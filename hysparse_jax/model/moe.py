@@ -278,7 +278,7 @@ _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 def _pick(implementation, blocked, ragged):
   if implementation is None:
-    implementation = "blocked" if implementations._platform() == "cpu" else "ragged_dot"
+    implementation = "blocked" if implementations.platform() == "cpu" else "ragged_dot"
   return {"blocked": blocked, "ragged_dot": ragged}[implementation]
 
 

@@ -251,3 +251,4 @@ TASKS = {
   "qa_1_syn": TextTask(functools.partial(_facts, hops=1), 32, match_part),
   "qa_2_syn": TextTask(functools.partial(_facts, hops=2), 32, match_part),
 }
+RULER = tuple(TASKS)

@@ -2,7 +2,7 @@
 
 For models trained here. No tokenizer and no text: keys, values and noise are ranges of ids, and a
 sample has exactly the length asked for, question and answer included. The tasks keep the structure
-and the knobs of RULER (Hsieh et al., arXiv 2404.06654, table 2); `evals/text_tasks.py` has the
+and the knobs of RULER (Hsieh et al., arXiv 2404.06654, table 2); `tasks/text_tasks.py` has the
 text form.
 
     needle      NEEDLE key IS value                         question    QUERY key... ANSWER value...
