@@ -250,7 +250,7 @@ def _oracle(run, settings):
     overlap = layer.overlap
     union = {} if overlap is None else overlap.union
     table.add_row(
-      str(layer.layer), f"+{layer.distance}" if layer.distance else "full",
+      str(layer.layer), {0: "full", None: "-"}.get(layer.distance, f"+{layer.distance}"),
       show(layer.coverage, ".3f"), show(overlap and overlap.new_per_token),
       *(show(union.get(width), ".1f") for width in UNION_TOKENS), show(layer.gate_sparse),
       show(layer.gate_local))

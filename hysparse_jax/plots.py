@@ -88,9 +88,11 @@ def architecture(cfg: ModelConfig, path, *, title: str):
     if kind == "full":
       start = layer
       left.add_patch(plt.Rectangle((layer, 0), 0.8, 2.0, color=full_color))
-    else:
+    if kind == "sparse":
       left.add_patch(plt.Rectangle((layer, 0), 0.8, 1.0, color=sparse_color))
+    if cfg.has_local_branch(kind):
       left.add_patch(plt.Rectangle((layer, 0), 0.8, 0.25, color=ring_color))
+    if kind == "sparse":
       left.annotate("", (layer + 0.4, 1.02), (start + 0.8, 1.8), arrowprops=dict(
         arrowstyle="-|>", color="0.45", linewidth=0.6, mutation_scale=6,
         connectionstyle="arc3,rad=-0.15"))

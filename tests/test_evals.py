@@ -131,6 +131,24 @@ def test_unrolled_trace_is_the_model(model, batch):
         assert_close(getattr(layer, name), getattr(stat, name), "unrolled_f32")
 
 
+def test_trace_and_figures_of_a_mixed_pattern(batch):
+  cfg = dataclasses.replace(CFG, pattern="window full sparse window sparse full window")
+  mixed = _new(cfg)
+  hidden, layers = oracle_eval.trace(mixed, batch.tokens, batch.segment_ids)
+  expected, stats = mixed.hidden(batch.tokens, batch.segment_ids)
+  assert_close(hidden, expected, "unrolled_f32")
+  for layer, stat in zip(layers, by_layer(cfg, stats), strict=True):
+    for name in ("gate_sparse", "gate_local"):
+      found, wanted = getattr(layer, name), getattr(stat, name)
+      assert (found is None) == (wanted is None)
+      if wanted is not None:
+        assert_close(found, wanted, "unrolled_f32")
+  assert [layer.distance for layer in layers] == [None, 0, 1, 2, 3, 0, 1]
+  assert [layer.picked is None for layer in layers] == [True, False, False, True, False, True, True]
+  result = oracle_eval.oracle(mixed, [batch])
+  assert sorted(result.coverage_by_distance) == [0, 1, 3] and set(result.picked) == {1}
+
+
 def test_coverage_is_the_definition(model, batch):
   """Every layer's own query against the full layer's keys, layer inputs taken from the layers."""
   _, layers = oracle_eval.trace(model, batch.tokens, batch.segment_ids)

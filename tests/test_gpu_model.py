@@ -1,5 +1,7 @@
 """The Hopper kernels in the model: one plan for the layers of a hybrid block, one per device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import nnx
 
 from hysparse_jax import sharding
 from hysparse_jax.config import MeshConfig, ModelConfig
-from hysparse_jax.model.hybrid import plan_of
+from hysparse_jax.model.hybrid import _plan
 from hysparse_jax.model.transformer import Transformer
 from pallas_kernels import plan_blocks
 from pallas_kernels.sparse_layer_attention.gpu import op as gpu
@@ -68,12 +70,12 @@ def test_each_device_plans_for_its_own_shard():
   picked = np.where(rng.random((4, 2, 128, 1)) < 0.5, picked, -1).astype(np.int32)
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   with jax.set_mesh(mesh):
-    plan = jax.jit(lambda x: plan_of(MODEL, x))(picked)
-  shards = [(b, k) for b in range(4) for k in range(2)]
-  for index, (b, k) in enumerate(shards):
-    expected = plan_blocks(jnp.asarray(picked[b:b + 1, k:k + 1]), num_heads=2,
-                           implementation="mosaic_gpu")
-    jax.tree.map(lambda got, want, index=index: np.testing.assert_array_equal(got[index], want),
+    make = functools.partial(_plan, cfg=MODEL, num_keys=128)
+    plan = jax.jit(lambda x: sharding.sharded(make, returns="plan", block_indices=x))(picked)
+  for b, k in np.ndindex(4, 2):
+    at = slice(b, b + 1), slice(k, k + 1)
+    expected = plan_blocks(jnp.asarray(picked[at]), num_heads=2, implementation="mosaic_gpu")
+    jax.tree.map(lambda got, want, at=at: np.testing.assert_array_equal(got[at], want),
                  plan, expected)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from hysparse_jax.model.decoder_layer import TokenContext
 from hysparse_jax.model.hybrid import FullLayer, SparseLayer, by_layer
 from hysparse_jax.model.layers import positions_within
 from hysparse_jax.model.transformer import Transformer
-from hysparse_jax.training.losses import next_token
+from hysparse_jax.training import losses
 from tests.tolerances import TOLERANCES, assert_close
 
 # Two groups of layers, (full + 2) and a last full one; 8 blocks of 16 keys at T=128, 2 selected.
@@ -167,7 +168,7 @@ def lowered(cfg):
   """The program of the loss, and of its gradient where only that can differ."""
   abstract = jax.eval_shape(lambda key: Transformer(cfg, rngs=nnx.Rngs(key)), jax.random.key(0))
   batch = jax.eval_shape(lambda: random_batch((2, 128)))
-  objective = lambda net, batch: next_token(TRAIN, net, batch)[0]
+  objective = lambda net, batch: losses.next_token(config.TrainConfig(), net, batch)[0]
   objective = objective if cfg.remat == "none" else jax.grad(objective)
   return jax.jit(objective).lower(abstract, batch).as_text()
 
@@ -274,7 +275,7 @@ def test_remat_changes_memory_not_values():
   for remat in ("none", "layer", "block"):
     net = make(variant(num_layers=18, remat=remat))
     program = jax.jit(jax.value_and_grad(
-      lambda net: next_token(TRAIN, net, batch)[0])).lower(net).compile()
+      lambda net: losses.next_token(TRAIN, net, batch)[0])).lower(net).compile()
     value, grads = program(net)
     results.append((value, jax.tree.leaves(grads)))
     temporaries.append(program.memory_analysis().temp_size_in_bytes)
@@ -305,10 +306,9 @@ def test_the_head_multiplies_in_the_compute_dtype_both_ways():
 
 def test_loss_in_chunks_and_z_loss():
   net, batch = make(variant(tied_embeddings=True)), random_batch()
-  with_z = config.TrainConfig(z_loss=0.01)
-  whole, stats = jax.jit(lambda net: next_token(with_z, net, batch))(net)
-  chunked, _ = jax.jit(lambda net: next_token(
-    dataclasses.replace(with_z, loss_chunk=16), net, batch))(net)
+  loss = jax.jit(losses.next_token, static_argnums=0)
+  whole, stats = loss(config.TrainConfig(z_loss=0.01), net, batch)
+  chunked, _ = loss(config.TrainConfig(z_loss=0.01, loss_chunk=16), net, batch)
   assert_close(chunked, whole, "same_sum_f32")
   logits = np.asarray(forward(net, batch.tokens, batch.segment_ids, batch.positions), np.float64)
   lse = np.log(np.exp(logits).sum(-1))
@@ -352,9 +352,39 @@ def test_bad_tokens_and_full_caches_are_errors():
   assert np.isnan(logits[0, 1:]).all() and np.isfinite(logits[1]).all()
 
 
+def test_gate_means_leave_padding_out():
+  """Rows with padding report the means of the same rows without it."""
+  net, batch = make(SMALL), random_batch((4, 64))
+  stats = lambda tokens, segments: by_layer(
+    SMALL, jax.jit(lambda net: net.hidden(tokens, segments)[1])(net))
+  padded = stats(batch.tokens, batch.segment_ids)
+  alone = stats(batch.tokens[:, :59], batch.segment_ids[:, :59])
+  with_padding = stats(batch.tokens, jnp.maximum(batch.segment_ids, 3 * (batch.segment_ids == 0)))
+  for layer in (1, 2):
+    for name in ("gate_sparse", "gate_local"):
+      value, without, over_all = (float(getattr(s[layer], name))
+                                  for s in (padded, alone, with_padding))
+      assert_close(value, without, "same_sum_f32")
+      assert abs(value - over_all) > 1e-5
+
+
+def test_a_profile_reads_like_the_model():
+  cfg = variant(pattern="window full sparse sparse", moe=MOE)
+  net = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  step = jax.jit(jax.grad(lambda net: losses.next_token(TRAIN, net, random_batch())[0]))
+  text = step.lower(net).as_text(debug_info=True)
+  stages = [f"{kind}_layer/{stage}" for kind in ("window", "full", "sparse")
+            for stage in ("project", "attend", "out", "moe")]
+  for scope in ["embed", "full_layer/select", "head", "loss", *stages]:
+    assert re.search(rf"\b{scope}\b", text), scope
+  dense = jax.jit(lambda net, tokens: net(tokens)).lower(make(SMALL), random_tokens((1, 32)))
+  assert "sparse_layer/mlp" in dense.as_text(debug_info=True)
+
+
 def test_gates_and_loads_are_reported_by_layer():
   net = make(variant(moe=MOE))
-  _, stats = jax.jit(lambda net, batch: next_token(TRAIN, net, batch))(net, random_batch())
+  _, stats = jax.jit(losses.next_token, static_argnums=0)(config.TrainConfig(), net,
+                                                           random_batch())
   layers = by_layer(net.cfg, stats.layers)
   assert [layer.gate_sparse is None for layer in layers] == [True, False, False, True]
   for layer in layers:

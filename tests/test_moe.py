@@ -321,6 +321,6 @@ def test_the_platform_traced_for_chooses_the_implementation(platform, chosen, mo
       lambda x, w: jnp.sum(moe.grouped_matmul(x, w, sizes, implementation=implementation)),
       argnums=(0, 1))(x, w))(jnp.zeros((64, 4)), jnp.zeros((3, 4, 5)), jnp.zeros(3, jnp.int32))
 
-  monkeypatch.setattr(implementations, "_platform", lambda: platform)
+  monkeypatch.setattr(implementations, "platform", lambda: platform)
   assert str(both_passes(None)) == str(both_passes(chosen))
   assert str(both_passes("blocked")) != str(both_passes("ragged_dot"))

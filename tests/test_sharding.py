@@ -1,15 +1,19 @@
 """One device and eight compute the same; what cannot be split is said in one line."""
 
 import functools
+import inspect
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+import pallas_kernels
 from hysparse_jax import config, sharding
 from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
+from hysparse_jax.model import cache as kv_cache
+from hysparse_jax.model.hybrid import by_layer
 from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.training import losses
 from hysparse_jax.training import step as train_step
@@ -91,6 +95,93 @@ def test_tiny_on_a_mesh_equals_one_device(mesh, attention):
 @pytest.mark.parametrize("mesh", MOE_MESHES)
 def test_tiny_moe_on_a_mesh_equals_one_device(mesh, attention):
   check(load("tiny_moe", attention), MOE_MESHES[mesh])
+
+
+MIXED = ("model.pattern=window full sparse window sparse full", "model.num_layers=6",
+         "model.rope_window.fraction=0.25")
+
+
+def test_a_mixed_pattern_on_a_mesh_equals_one_device():
+  check(config.override(load("tiny", "hysparse"), *MIXED), MESHES["mixed"])
+
+
+def test_a_mixed_pattern_decodes_on_a_mesh_as_on_one_device():
+  cfg = config.override(load("tiny", "hysparse"), *MIXED)
+  net, tokens = weights_of(cfg), batch_of(cfg).tokens[:4, :41]
+  expected = np.asarray(net(tokens))
+  mesh = mesh_of(MESHES["mixed"])
+  cache = net.init_cache(4, 48)
+  places = kv_cache.shardings(cache, mesh)
+  assert jax.tree.structure(places) == jax.tree.structure(cache)
+  for leaf, place in zip(jax.tree.leaves(cache), jax.tree.leaves(places)):
+    axes = {axis for entry in place.spec if entry for axis in np.atleast_1d(entry)}
+    assert axes >= ({"data", "fsdp"} if leaf.ndim == 1 else {"data", "fsdp", "tensor"})
+  options = dict(out_shardings=(None, places), donate_argnums=2)
+  with jax.set_mesh(mesh):
+    net = jax.device_put(net, sharding.shardings(net, mesh))
+    cache = jax.device_put(cache, places)
+    logits, cache = jax.jit(lambda net, ids, cache: net.prefill(ids, cache), **options)(
+      net, tokens[:, :40], cache)
+    assert_close(logits, expected[:, 39], "sharded_f32")
+    logits, cache = jax.jit(lambda net, ids, cache: net.decode(ids, cache), **options)(
+      net, tokens[:, 40], cache)
+    assert_close(logits, expected[:, 40], "sharded_f32")
+
+
+def test_a_mixed_pattern_trains_one_step():
+  cfg = config.override(load("tiny_moe", "hysparse"), *MIXED, "model.moe.bias_update_rate=0.01")
+  mesh = mesh_of(MOE_MESHES["mixed"])
+  program = train_step.build(cfg, mesh)
+  with jax.set_mesh(mesh):
+    before = jax.device_get(program.init(jax.random.key(0)))
+    after, metrics = program.step(program.init(jax.random.key(0)),
+                                  jax.device_put(batch_of(cfg), program.batch_sharding))
+  assert bool(metrics.ok) and np.isfinite(float(metrics.loss))
+  for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before.model),
+                              jax.tree.leaves(after.model), strict=True):
+    assert (np.asarray(old) != np.asarray(new)).any(), jax.tree_util.keystr(path)
+  kinds = [(layer.gate_sparse is None, layer.gate_local is None)
+           for layer in by_layer(cfg.model, metrics.layers)]
+  window, full, sparse = (True, False), (True, True), (False, False)
+  assert kinds == [window, full, sparse, window, sparse, full]
+
+
+def test_a_misspelt_axis_or_operand_is_an_error():
+  with pytest.raises(ValueError, match="'haeds' is not a logical axis; use one of embed, vocab"):
+    sharding.spec(("batch", "haeds"))
+  with pytest.raises(ValueError, match="'block_indexes' is not an operand"):
+    sharding.sharded(lambda **arrays: None, block_indexes=np.zeros((1, 2, 3, 4), np.int32))
+  with pytest.raises(ValueError, match="'result' is not an operand"):
+    sharding.sharded(lambda q: q, returns="result", q=np.zeros((1, 2, 3, 4)))
+
+
+def test_every_array_argument_of_the_ops_has_logical_axes():
+  options = {"block_size", "num_blocks", "num_heads", "num_keys", "window", "scale",
+             "implementation"}
+  ops = [getattr(pallas_kernels, name) for name in pallas_kernels.__all__]
+  arguments = {name for op in ops for name in inspect.signature(op).parameters}
+  assert arguments - options == set(sharding.OPERANDS) - {"out"}
+  for axes in sharding.OPERANDS.values():
+    sharding.spec(axes)
+
+
+def test_operands_are_split_as_they_are_named():
+  """Each device gets its own rows and heads, of stacked operands and of a plan too."""
+  mesh = mesh_of(MESHES["mixed"])
+  shapes = {}
+
+  def op(**arrays):
+    shapes.update(jax.tree.map(lambda x: x.shape, arrays))
+    return arrays["q"], arrays["plan"]
+
+  arrays = dict(q=np.zeros((4, 6, 4, 8)), k=np.zeros((3, 4, 6, 2, 8)), sinks=np.zeros(4),
+                plan={"order": np.arange(4 * 2 * 5).reshape(4, 2, 5)}, segment_ids=None,
+                layer=np.int32(1), query_offset=np.arange(4))
+  with jax.set_mesh(mesh):
+    q, plan = jax.jit(lambda arrays: sharding.sharded(op, returns=("q", "plan"), **arrays))(arrays)
+  assert shapes == dict(q=(1, 6, 2, 8), k=(3, 1, 6, 1, 8), sinks=(2,), plan={"order": (1, 1, 5)},
+                        segment_ids=None, layer=(), query_offset=(1,))
+  np.testing.assert_array_equal(plan["order"], arrays["plan"]["order"])
 
 
 @functools.lru_cache
