@@ -167,6 +167,19 @@ def assert_close(actual, expected, name: str):
   np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=name)
 
 
+# Of a whole model's gradients: name -> (norm of the error over the leaf's, largest error over the
+# leaf's largest element). Measured with the reference attention in bfloat16 against float32, on
+# 5 layers.
+LEAF_TOLERANCES = {
+  # Activations, cotangents and softmax weights are rounded to 8 bits at some 10 places a layer:
+  # 3.7 % of a leaf's norm and 5.5 % of its largest element; 1.5 times that.
+  "model_bf16": (0.055, 0.085),
+  # The same where tokens choose among more blocks than they select: rounding moves the choice
+  # between blocks of nearly equal weight.
+  "model_bf16_near_ties": (0.10, 0.15),
+}
+
+
 def assert_leaf_close(actual, expected, tolerance: str, leaf: str):
   """Asserts that a leaf agrees in norm and in its worst element, both relative to the leaf."""
   norm_limit, max_limit = LEAF_TOLERANCES[tolerance]
