@@ -18,7 +18,7 @@ PYTEST := $(RUN) -m pytest -n $(JOBS) --dist loadgroup
 # compatibility shims, the model, checkpoints, one run that is killed and resumed, one mesh, and
 # compiling for a TPU. All else is the same Python on both stacks.
 OLDER := $(filter-out tests/test_gpu_% tests/test_tpu_cost.py, \
-    $(sort $(wildcard tests/test_*_attention.py tests/test_tpu_*.py))) tests/test_decode_ops.py \
+    $(sort $(wildcard tests/test_*_attention.py tests/test_tpu_*.py))) \
   tests/test_imports.py tests/test_programs.py tests/test_implementations.py tests/test_model.py \
   tests/test_checkpoint.py tests/test_compile_tpu.py \
   "tests/test_training.py::test_kill_9_and_resume_is_bit_exact[6]" \

@@ -15,7 +15,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels.reference.block_selection import select_blocks
-from pallas_kernels.reference.masked_attention import masked_attention, positions, same_segment
+from pallas_kernels.reference.masked_attention import masked_attention, same_segment
 from tests.tolerances import assert_rows_close
 
 pytestmark = pytest.mark.gpu
@@ -55,7 +55,8 @@ def log_weights(q, k, offset, segments, kv_segments):
   batch, num_queries = q.shape[:2]
   pad = -k.shape[1] % 64
   key_position = jnp.arange(k.shape[1] + pad)
-  visible = positions(offset, batch, num_queries)[:, :, None] >= key_position
+  position = jnp.broadcast_to(offset, (batch,))[:, None] + jnp.arange(num_queries)
+  visible = position[:, :, None] >= key_position
   visible = (visible & (key_position < k.shape[1]))[:, None]
   if segments is not None:
     visible &= same_segment(segments, jnp.pad(kv_segments, ((0, 0), (0, pad))))
