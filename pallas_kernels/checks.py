@@ -90,6 +90,8 @@ def check_offset(op, name, offset, sizes):
   require(hasattr(offset, "shape") and hasattr(offset, "dtype") and len(offset.shape) <= 1,
           f"{op}: {name}={offset!r}; wanted an int, or an i32 array [] or [B={sizes['B']}]")
   check_shape(op, name, offset, "B" if len(offset.shape) else "", sizes, ("int32",))
+  require(not isinstance(offset, np.ndarray) or offset.min() >= 0,
+          f"{op}: {name}={offset}; wanted at least 0; drop the queries before key 0")
   return jnp.broadcast_to(offset, (sizes["B"],))
 
 
@@ -115,8 +117,10 @@ def check_segments(op, segment_ids, kv_segment_ids, query_offset, sizes, keys="S
   check_shape(op, "segment_ids", segment_ids, "BT", sizes, ("int32",))
   if kv_segment_ids is None:
     require(sizes["T"] == sizes[keys] and isinstance(query_offset, int) and query_offset == 0,
-            f"{op}: got segment_ids without {kv_name} for T={sizes['T']} queries at an offset "
-            f"into {sizes[keys]} keys; give the keys' own segment ids too")
+            f"{op}: got segment_ids without {kv_name} for T={sizes['T']} queries and "
+            f"{keys}={sizes[keys]} keys at query offset "
+            f"{query_offset if isinstance(query_offset, int) else 'i32 [B]'}; wanted {kv_name} i32 "
+            f"[B,{keys}] unless T={keys} at offset 0; give the keys' own segment ids too")
     return segment_ids, segment_ids
   check_shape(op, kv_name, kv_segment_ids, "B" + keys, sizes, ("int32",))
   return segment_ids, kv_segment_ids

@@ -52,3 +52,18 @@ def random_blocks(seed, batch, kv_heads, tokens, picks, block_size):
     blocks = rng.permutation(t // block_size + 1)[:rng.integers(0, picks + 1)]
     indices[b, k, t, :len(blocks)] = np.sort(blocks)
   return indices
+
+
+def query_positions(offset, batch, tokens):
+  """i32 [B,T]: the key index of each query, for an int or one offset a row."""
+  return np.broadcast_to(np.asarray(offset), (batch,))[:, None] + np.arange(tokens)
+
+
+def cut_ranges(tokens, *lengths):
+  """[(start, stop)] of consecutive ranges of these lengths, repeated, that cover all tokens."""
+  ranges, start, turn = [], 0, 0
+  while start < tokens:
+    stop = min(start + lengths[turn % len(lengths)], tokens)
+    ranges.append((start, stop))
+    start, turn = stop, turn + 1
+  return ranges

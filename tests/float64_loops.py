@@ -8,9 +8,14 @@ import numpy as np
 
 
 def visible_keys(num_queries, segments=None, window=None, blocks=None, block_size=64,
-                 positions=None, num_keys=None):
-  """visible(b, k, t) -> list of key positions that query row t of KV head k may see."""
+                 positions=None, num_keys=None, kv_segments=None):
+  """visible(b, k, t) -> list of key positions that query row t of KV head k may see.
+
+  positions: [B,T], the key index of each query; None: query t stands at key t.
+  segments, kv_segments: [B,T] of the queries and [B,S] of the keys; None: the queries'.
+  """
   num_keys = num_queries if num_keys is None else num_keys
+  kv_segments = segments if kv_segments is None else kv_segments
 
   def visible(b, k, t):
     position = t if positions is None else int(positions[b, t])
@@ -20,7 +25,7 @@ def visible_keys(num_queries, segments=None, window=None, blocks=None, block_siz
         continue
       if window is not None and j <= position - window:
         continue
-      if segments is not None and (segments[b, t] == 0 or segments[b, t] != segments[b, j]):
+      if segments is not None and (segments[b, t] == 0 or segments[b, t] != kv_segments[b, j]):
         continue
       if blocks is not None and j // block_size not in set(blocks[b, k, t].tolist()):
         continue

@@ -1,4 +1,8 @@
-"""The Hopper kernels of `oracle_attention`: GPU interpret mode, lowered for CUDA, on a device."""
+"""The Hopper kernels of `oracle_attention`: GPU interpret mode, lowered for CUDA, on a device.
+
+GPU interpret mode fills memory that nothing has written with NaN, block maxima of tiles that a
+query does not visit included.
+"""
 
 import functools
 
@@ -9,18 +13,21 @@ import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.oracle_attention import reference
-from pallas_kernels.oracle_attention.gpu import forward as mosaic_gpu_forward
-from pallas_kernels.oracle_attention.gpu import op as mosaic_gpu
+from pallas_kernels.oracle_attention.gpu import op
 from pallas_kernels.oracle_attention.gpu.select import ascending_network, select
+from pallas_kernels.oracle_attention.gpu.tile_ranges import visibility
+from tests import float64_loops
+from tests.tolerances import assert_close, assert_rows_close
 
 INTERPRET = compat.InterpretGPUParams()
-# ||x - ref|| / ||ref||: p and ds enter the tensor cores in 8 (11) bits, the result is rounded too.
-NORM_TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}
+TOLERANCE = {"bfloat16": "attention{}_rows_bf16", "float16": "attention{}_rows_f16"}
 
 
-def _inputs(B, T, N, K, H, dtype, seed=0):
-  keys = jax.random.split(jax.random.key(seed), 4)
-  return [jax.random.normal(key, (B, T, n, H), dtype) for key, n in zip(keys, (N, K, K, N))]
+def _inputs(B, T, N, K, H, dtype, seed=0, keys=None):
+  S = T if keys is None else keys
+  rngs = jax.random.split(jax.random.key(seed), 4)
+  return [jax.random.normal(rng, (B, rows, n, H), dtype)
+          for rng, rows, n in zip(rngs, (T, S, S, T), (N, K, K, N))]
 
 
 def _segments(B, T):
@@ -30,47 +37,134 @@ def _segments(B, T):
   return jnp.asarray(np.broadcast_to(np.where(ids == 3, 0, ids), (B, T)), jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(op, q, k, v, grad_out):
-  (out, picked), vjp = jax.vjp(op, q, k, v)
-  no_grad = np.zeros(picked.shape, jax.dtypes.float0)
-  return out, picked, vjp((grad_out.astype(out.dtype), no_grad))
+def _rows(x, starts, count):
+  """x[b, starts[b] : starts[b] + count], the last entry repeated after the end."""
+  index = np.minimum(np.asarray(starts)[:, None] + np.arange(count), x.shape[1] - 1)
+  return jnp.asarray(np.stack([np.asarray(row)[i] for row, i in zip(x, index)]))
 
 
-def _relative(x, ref):
-  return float(jnp.linalg.norm(x.astype(jnp.float32) - ref) / jnp.linalg.norm(ref))
+@functools.partial(jax.jit, static_argnames=("interpret", "num_blocks", "offset", "kernel"))
+def _run(q, k, v, grad_out, offsets, ids, kv_ids, *, num_blocks, offset, kernel, interpret=None):
+  options = dict(block_size=64, num_blocks=num_blocks, segment_ids=ids, kv_segment_ids=kv_ids,
+                 query_offset=offsets if offset is None else offset, scale=q.shape[-1] ** -0.5)
+  if kernel:
+    function = functools.partial(op.oracle_attention, interpret=interpret, **options)
+  else:
+    function = functools.partial(reference.oracle_attention, **options)
+  (out, indices), vjp = jax.vjp(function, q, k, v)
+  no_grad = np.zeros(indices.shape, jax.dtypes.float0)
+  return out, indices, vjp((grad_out.astype(out.dtype), no_grad))
 
 
-def _compare(arrays, segment_ids, num_blocks, interpret):
-  q, k, v, grad_out = arrays
-  options = {"block_size": 64, "num_blocks": num_blocks, "segment_ids": segment_ids}
-  options["scale"] = q.shape[-1] ** -0.5
-  kernel = functools.partial(mosaic_gpu.oracle_attention, interpret=interpret, **options)
-  out, picked, grads = _run(kernel, q, k, v, grad_out)
-  exact = functools.partial(reference.oracle_attention, **options)
-  f32 = [x.astype(jnp.float32) for x in arrays]
-  ref_out, ref_picked, ref_grads = _run(exact, *f32)
-  limit = NORM_TOLERANCE[q.dtype.name]
-  assert _relative(out, ref_out) < limit
-  np.testing.assert_array_equal(picked, ref_picked)
-  for grad, ref in zip(grads, ref_grads):
-    assert _relative(grad, ref) < limit
-  if segment_ids is not None:
-    hidden = np.asarray(segment_ids == 0)
+def _kernel(arrays, offset, segments, num_blocks, interpret):
+  static = isinstance(offset, int)
+  return _run(*arrays, None if static else offset, *segments, num_blocks=num_blocks,
+              offset=offset if static else None, kernel=True, interpret=interpret)
+
+
+def _compare(arrays, offset, segments, num_blocks, interpret):
+  """Kernel against the reference in float32; returns what the kernel gave."""
+  out, indices, grads = _kernel(arrays, offset, segments, num_blocks, interpret)
+  static = isinstance(offset, int)
+  want, want_indices, want_grads = _run(
+    *(x.astype(jnp.float32) for x in arrays), None if static else offset, *segments,
+    num_blocks=num_blocks, offset=offset if static else None, kernel=False)
+  name = TOLERANCE[arrays[0].dtype.name]
+  assert_rows_close(out, want, name.format(""))
+  np.testing.assert_array_equal(indices, want_indices)
+  for grad, expected in zip(grads, want_grads):
+    assert_rows_close(grad, expected, name.format("_grad"))
+  if segments[0] is not None:
+    hidden = np.asarray(segments[0] == 0)
     assert not np.asarray(out, np.float32)[hidden].any()
-    assert (np.asarray(picked).transpose(0, 2, 1, 3)[hidden] == -1).all()
-  return out, picked, grads
+    assert (np.asarray(indices).transpose(0, 2, 1, 3)[hidden] == -1).all()
+  return out, indices, grads
+
+
+def _packed(B, S, starts, count):
+  """(ids of `count` queries from starts[b] on, ids of the S keys)."""
+  kv_ids = _segments(B, S)
+  return _rows(kv_ids, starts, count), kv_ids
 
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_interpreted_matches_reference(segmented):
-  segment_ids = _segments(1, 200) if segmented else None
-  _compare(_inputs(1, 200, 2, 1, 64, jnp.bfloat16), segment_ids, 2, INTERPRET)
+  segments = _packed(1, 200, [0], 200) if segmented else (None, None)
+  _compare(_inputs(1, 200, 2, 1, 64, jnp.bfloat16), 0, segments, 2, INTERPRET)
 
 
-def test_chunked_queries(monkeypatch):
-  monkeypatch.setattr(mosaic_gpu, "chunk_rows", lambda *_: 128)
-  _compare(_inputs(1, 200, 1, 1, 64, jnp.float16), None, 1, INTERPRET)
+@pytest.mark.parametrize("queries, keys, offset, segmented", [
+  (65, 300, 170, False),              # causality cuts through two key tiles
+  (70, 200, 150, False),              # the last 20 queries stand after the last key
+  (65, 300, [0, 190], True),          # traced, another offset in each row
+])
+def test_interpreted_queries_at_an_offset(queries, keys, offset, segmented):
+  B = 1 if isinstance(offset, int) else len(offset)
+  starts = np.broadcast_to(offset, (B,))
+  arrays = _inputs(B, queries, 2, 1, 64, jnp.bfloat16, keys=keys)
+  segments = _packed(B, keys, starts, queries) if segmented else (None, None)
+  offset = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
+  _compare(arrays, offset, segments, 2, INTERPRET)
+
+
+def _check_cuts(arrays, segments, counts, interpret):
+  """Queries cut anywhere: the same bits, but for dk and dv, which add up in another order."""
+  q, k, v, grad_out = arrays
+  zero = np.zeros(q.shape[0], np.int32)
+  out, indices, (dq, dk, dv) = _kernel(arrays, jnp.asarray(zero), segments, 2, interpret)
+  sums, start = [0.0, 0.0], 0
+  for count in counts:
+    cut = slice(start, start + count)
+    ids = (None, None) if segments[0] is None else (segments[0][:, cut], segments[1])
+    part = _kernel((q[:, cut], k, v, grad_out[:, cut]), jnp.asarray(zero + start), ids, 2,
+                   interpret)
+    np.testing.assert_array_equal(part[0], out[:, cut])
+    np.testing.assert_array_equal(part[1], indices[:, :, cut])
+    np.testing.assert_array_equal(part[2][0], dq[:, cut])
+    sums = [total + x.astype(jnp.float32) for total, x in zip(sums, part[2][1:])]
+    start += count
+  assert start == q.shape[1]
+  for total, whole in zip(sums, (dk, dv)):
+    assert_rows_close(total, whole, TOLERANCE[q.dtype.name].format("_grad"))
+
+
+def test_interpreted_cuts_equal_the_whole():
+  _check_cuts(_inputs(1, 137, 1, 1, 64, jnp.bfloat16, keys=200),
+              (_segments(1, 200)[:, :137], _segments(1, 200)), (1, 7, 64, 65), INTERPRET)
+
+
+def test_interpreted_launches_of_few_rows(monkeypatch):
+  monkeypatch.setattr(op, "launch_rows", lambda *_: 128)
+  _run.clear_cache()      # traced for other launches
+  _compare(_inputs(1, 200, 1, 1, 64, jnp.float16, keys=230), 30, (None, None), 1, INTERPRET)
+  _run.clear_cache()
+
+
+def test_keys_after_every_query_are_never_read():
+  """A cache's unwritten end is NaN here: results are those without it, and its gradients are 0."""
+  arrays = q, k, v, grad_out = _inputs(1, 60, 1, 1, 64, jnp.float16, keys=300)
+  poisoned = [x.at[:, 128:].set(jnp.nan) for x in (k, v)]
+  got = _kernel((q, *poisoned, grad_out), 68, (None, None), 1, INTERPRET)
+  assert all(not np.asarray(x[:, 128:], np.float32).any() for x in got[2][1:])
+  got = (*got[:2], (got[2][0], *(x[:, :128] for x in got[2][1:])))
+  short = (q, *(x[:, :128] for x in arrays[1:3]), grad_out)
+  jax.tree.map(np.testing.assert_array_equal, got,
+               _kernel(short, 68, (None, None), 1, INTERPRET))
+
+
+def test_log_sum_exp_is_natural_and_empty_rows_are_minus_infinity():
+  q, k, v, _ = _inputs(1, 130, 1, 1, 64, jnp.float16, seed=3)
+  ids, kv_ids = _packed(1, 130, [0], 130)
+  _, lse, _ = op._forward(q, k, v, None, ids, kv_ids, op.Options(0, 0.125, 0, INTERPRET))
+  assert lse.dtype == jnp.float32 and lse.shape == (1, 1, 130)
+  scores = 0.125 * np.einsum("qh,kh->qk", *(np.asarray(x[0, :, 0], np.float64) for x in (q, k)))
+  visible = float64_loops.visible_keys(130, segments=np.asarray(ids))
+  want = [np.log(np.exp(scores[t, visible(0, 0, t)]).sum()) if visible(0, 0, t) else -np.inf
+          for t in range(130)]
+  np.testing.assert_array_equal(np.isneginf(lse[0, 0]), np.isneginf(want))
+  seen = np.isfinite(want)
+  assert 0 < seen.sum() < 130
+  assert_close(np.asarray(lse[0, 0])[seen], np.asarray(want)[seen], "attention_f32")
 
 
 def test_ties_go_to_the_lower_block():
@@ -78,29 +172,66 @@ def test_ties_go_to_the_lower_block():
   B, N, C, T, P = 1, 2, 4, 256, 2
   block_max = rng.integers(-2, 2, (B, N, C, T)).astype(np.float32)
   block_max[:, :, np.arange(C)[:, None] > np.arange(T) // 64] = -np.inf
+  block_max[..., 2:, :128] = np.nan      # what no query of the first tile visits
   lse = rng.integers(0, 2, (B, N, T)).astype(np.float32)
-  picked = select(jnp.asarray(block_max), jnp.asarray(lse), kv_heads=1, num_blocks=P, scale=1.0,
-                  interpret=INTERPRET)
-  score = (block_max - lse[:, :, None]).max(1)[0]
+  empty = rng.random(T) < 0.1
+  block_max[..., empty], lse[..., empty] = -np.inf, -np.inf
+  ranges = visibility(0, None, None, B, T, T).key_ranges
+  picked = select(jnp.asarray(block_max), jnp.asarray(lse), ranges, jnp.zeros(1, jnp.int32),
+                  kv_heads=1, num_blocks=P, scale=1.0, interpret=INTERPRET)
+  with np.errstate(invalid="ignore"):
+    score = (block_max - lse[:, :, None]).max(1)[0]
   for t in range(T):
     order = sorted(np.flatnonzero(score[:, t] > -np.inf), key=lambda c, t=t: (-score[c, t], c))
     expected = sorted(order[:P]) + [-1] * (P - len(order))
     assert list(np.asarray(picked)[0, 0, :, t]) == expected
 
 
-def test_visible_tiles_against_a_loop():
+@pytest.mark.parametrize("queries, keys, offsets", [
+  (1024, 1024, 0), (700, 1000, [0, 300]), (65, 1000, [130, 990]), (1, 1, 0), (300, 100, [0, 64]),
+])
+@pytest.mark.parametrize("documents", [None, "sorted", "any"])
+def test_tile_ranges_against_a_loop(queries, keys, offsets, documents):
   rng = np.random.default_rng(1)
-  ids = np.repeat(rng.integers(0, 4, (2, 32)), 32, axis=1).astype(np.int32)
-  ids[0] = np.sort(ids[0])
-  first, plain, last = map(np.asarray, mosaic_gpu_forward.visible_tiles(jnp.asarray(ids)))
-  see = (ids[:, :, None] == ids[:, None]) & (ids != 0)[:, :, None]
-  see = see.reshape(2, 8, 128, 8, 128)
-  for b in range(2):
-    for q in range(8):
-      assert not see[b, q, :, : first[b, q]].any()
-      assert see[b, q, :, plain[b, q] : q].all()
-      assert first[b, q] <= plain[b, q] <= q
-      assert not see[b, last[b, q] + 1 :, :, q].any()
+  B = 2
+  starts = np.broadcast_to(offsets, (B,))
+  traced = offsets if isinstance(offsets, int) else jnp.asarray(offsets, jnp.int32)
+  position = starts[:, None, None] + np.arange(queries)[:, None]
+  see = position >= np.arange(keys)
+  ids = kv_ids = None
+  if documents:
+    kv_ids = np.repeat(rng.integers(0, 5, (B, -(-keys // 32))), 32, axis=1)[:, :keys]
+    if documents == "sorted":
+      kv_ids = np.sort(kv_ids)
+    ids = np.asarray(_rows(kv_ids, starts, queries))
+    see = see & (ids[:, :, None] == kv_ids[:, None]) & (ids != 0)[:, :, None]
+    ids, kv_ids = (jnp.asarray(x, jnp.int32) for x in (ids, kv_ids))
+  visible = visibility(traced, ids, kv_ids, B, queries, keys)
+  for of_queries, pairs in ((True, see), (False, see.transpose(0, 2, 1))):
+    table = np.asarray(visible.key_ranges if of_queries else visible.query_ranges)
+    rows, cols = pairs.shape[1:]
+    assert table.shape == (B, -(-rows // 128), 4)
+    for b, i in np.ndindex(table.shape[:2]):
+      begin, plain_begin, plain_end, end = map(int, table[b, i])
+      assert 0 <= begin <= plain_begin <= plain_end <= end <= -(-cols // 128)
+      tile = pairs[b, i * 128:(i + 1) * 128]
+      assert not tile[:, :begin * 128].any() and not tile[:, end * 128:].any()
+      assert tile[:, plain_begin * 128:plain_end * 128].all()
+      if documents == "any":
+        continue
+      # Where documents follow each other, no tile is visited or masked without need.
+      tiles = [tile[:, j * 128:(j + 1) * 128] for j in range(-(-cols // 128))]
+      touched = [j for j, pair in enumerate(tiles) if pair.any()]
+      if touched:
+        assert (begin, end) == (touched[0], touched[-1] + 1)
+      # Padding among the keys needs a mask; rows of padding queries are dropped.
+      keys = [pair.shape[int(of_queries)] for pair in tiles]
+      full = [j for j in touched if keys[j] == 128 and tiles[j].all()]
+      if not of_queries or len(tile) == 128:
+        assert plain_end - plain_begin == len(full)
+  assert visible.aligned == isinstance(offsets, int)
+  key_ranges = np.asarray(visible.key_ranges)
+  assert (key_ranges[..., 3] > key_ranges[..., 0]).all()      # the forward needs a first tile
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 32])
@@ -113,31 +244,33 @@ def test_network_sorts(n):
     np.testing.assert_array_equal(x, expected)
 
 
-def test_chunks_are_bounded():
-  for tokens, heads in ((131_072, 32), (131_072, 64), (1_048_576, 8)):
-    rows = mosaic_gpu.chunk_rows(1, tokens, heads)
+def test_launches_are_bounded():
+  for queries, keys, heads in ((131_072, 131_072, 32), (131_072, 131_072, 64),
+                               (1_048_576, 1_048_576, 8), (16_384, 1_048_576, 64)):
+    rows = op.launch_rows(1, queries, keys, heads)
     assert rows % 128 == 0
-    assert rows * heads * (tokens // 64) * 4 <= mosaic_gpu.CHUNK_BYTES
-  assert mosaic_gpu.chunk_rows(1, 32_768, 64) == 32_768
-  assert mosaic_gpu.chunk_rows(1, 100, 2) == 128
+    assert rows * heads * (keys // 64) * 4 <= op.CHUNK_BYTES
+  assert op.launch_rows(1, 32_768, 32_768, 64) == 32_768
+  assert op.launch_rows(1, 100, 100, 2) == 128
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_lowers_for_cuda(segmented, head_dim):
+@pytest.mark.parametrize("head_dim, offset", [(64, 0), (128, 0), (64, "traced"), (128, 70)])
+def test_lowers_for_cuda(segmented, head_dim, offset):
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
-  q, k = shape(1, 1024, 8, head_dim), shape(1, 1024, 2, head_dim)
-  ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32) if segmented else None
-
-  def step(q, k, v, ids):
-    op = functools.partial(mosaic_gpu.oracle_attention, block_size=64, num_blocks=16,
-                           segment_ids=ids, scale=0.1)
-    return _run(op, q, k, v, q)
-
-  text = jax.jit(step).trace(q, k, k, ids).lower(lowering_platforms=("cuda",)).as_text()
-  assert ("fmhaSoftmaxBackward" in text) != segmented
+  i32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
+  T = 1024 if offset == 0 else 512
+  q, k = shape(1, T, 8, head_dim), shape(1, 1024, 2, head_dim)
+  traced = offset == "traced"
+  text = _run.trace(
+    q, k, k, q, i32(1) if traced else None, *((i32(1, T), i32(1, 1024)) if segmented else
+                                              (None, None)),
+    num_blocks=16, offset=None if traced else offset, kernel=True,
+  ).lower(lowering_platforms=("cuda",)).as_text()  # fmt: skip
+  plain = offset == 0 and not segmented
+  assert ("fmhaSoftmaxBackward" in text) == plain
   # Forward and selection once each; our backward is two kernels.
-  assert text.count("custom_call @mosaic_gpu_v2") == (4 if segmented else 2)
+  assert text.count("custom_call @mosaic_gpu_v2") == (2 if plain else 4)
 
 
 @pytest.mark.parametrize("names, kernels", [
@@ -148,8 +281,9 @@ def test_saved_names_spare_the_forward_under_remat(names, kernels):
   q = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
 
   def loss(q):
-    out, picked = mosaic_gpu.oracle_attention(
-      q, q, q, block_size=64, num_blocks=4, segment_ids=None, scale=0.1)
+    out, picked = op.oracle_attention(
+      q, q, q, block_size=64, num_blocks=4, query_offset=0, segment_ids=None, kv_segment_ids=None,
+      scale=0.1)
     return jnp.sin(out.astype(jnp.float32)).sum() + picked.sum()
 
   policy = jax.checkpoint_policies.save_only_these_names(*names)
@@ -177,21 +311,32 @@ def test_what_is_not_covered_is_named(change, name):
   options = {"block_size": 64, "num_blocks": 2} | {
     key: value for key, value in change.items() if key in ("block_size", "num_blocks")}
   with pytest.raises(NotImplementedError, match=name):
-    mosaic_gpu.oracle_attention(q, k, v, segment_ids=None, scale=0.1, **options)
+    op.oracle_attention(q, k, v, query_offset=0, segment_ids=None, kv_segment_ids=None, scale=0.1,
+                        **options)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("shape", [
-  (1, 2048, 4, 1, 128, "bfloat16"), (2, 1500, 8, 8, 64, "float16"),
-  (2, 1472, 16, 1, 128, "bfloat16"), (1, 1333, 16, 2, 64, "float16"),
+@pytest.mark.parametrize("B, T, S, N, K, H, dtype, offset", [
+  (1, 2048, 2048, 4, 1, 128, "bfloat16", 0), (2, 1500, 1500, 8, 8, 64, "float16", 0),
+  (2, 1472, 1472, 16, 1, 128, "bfloat16", 0), (1, 1333, 1333, 16, 2, 64, "float16", 0),
+  (2, 65, 1333, 8, 2, 64, "float16", 1200), (2, 300, 1333, 8, 2, 128, "bfloat16", [0, 1100]),
 ])
-def test_compiled_matches_reference(shape, segmented):
-  *sizes, dtype = shape
-  arrays = _inputs(*sizes, jnp.dtype(dtype))
-  segment_ids = _segments(*sizes[:2]) if segmented else None
-  once = _compare(arrays, segment_ids, 16, None)
-  again = _compare(arrays, segment_ids, 16, None)
+def test_compiled_matches_reference(B, T, S, N, K, H, dtype, offset, segmented):
+  arrays = _inputs(B, T, N, K, H, jnp.dtype(dtype), keys=S)
+  segments = _packed(B, S, np.broadcast_to(offset, (B,)), T) if segmented else (None, None)
+  offset = offset if isinstance(offset, int) else jnp.asarray(offset, jnp.int32)
+  once = _compare(arrays, offset, segments, 16, None)
+  again = _kernel(arrays, offset, segments, 16, None)
   jax.tree.map(np.testing.assert_array_equal, once[:2], again[:2])
-  if segmented:  # cuDNN's backward, used without segments, promises no order of additions
+  # cuDNN's backward, used for plain causal attention, promises no order of additions.
+  if segmented or not isinstance(offset, int) or offset:
     jax.tree.map(np.testing.assert_array_equal, once[2], again[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segmented", [False, True])
+def test_compiled_cuts_equal_the_whole(segmented):
+  _check_cuts(_inputs(2, 1500, 8, 2, 128, jnp.bfloat16),
+              (_segments(2, 1500),) * 2 if segmented else (None, None),
+              (1, 7, 64, 65, 800, 563), None)

@@ -275,7 +275,7 @@ def test_remat_changes_memory_not_values():
   for remat in ("none", "layer", "block"):
     net = make(variant(num_layers=18, remat=remat))
     program = jax.jit(jax.value_and_grad(
-      lambda net: losses.next_token(config.TrainConfig(), net, batch)[0])).lower(net).compile()
+      lambda net: losses.next_token(TRAIN, net, batch)[0])).lower(net).compile()
     value, grads = program(net)
     results.append((value, jax.tree.leaves(grads)))
     temporaries.append(program.memory_analysis().temp_size_in_bytes)

@@ -222,7 +222,7 @@ k = jax.random.normal(keys[1], (s.batch, s.tokens, s.num_kv_heads, s.head_dim))
 v = jax.random.normal(keys[2], (s.batch, s.tokens, s.num_kv_heads, s.head_dim))
 def loss(q, k, v):
   out, indices = pallas_kernels.oracle_attention(q, k, v)
-  out += pallas_kernels.hybrid_sparse_attention(
+  out += pallas_kernels.sparse_layer_attention(
     q, k, v, indices, k, v, jnp.ones((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1)))
   return (out ** 2).sum()
 grads = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
@@ -243,7 +243,8 @@ def test_8192_tokens_forward_and_backward_fit_in_2_gb():
 
 @pytest.mark.parametrize("change,message", [
   (dict(k=jnp.zeros((2, 8, 3, 4)), v=jnp.zeros((2, 8, 3, 4))), "N=4 heads and k has K=3"),
-  (dict(k=jnp.zeros((2, 9, 2, 4))), "k has shape [2, 9, 2, 4]; wanted [B=2,T=8,K,H=4]"),
+  (dict(k=jnp.zeros((2, 9, 2, 4))), "v has shape [2, 8, 2, 4]; wanted [B=2,S=9,K=2,E]"),
+  (dict(k=jnp.zeros((1, 8, 2, 4))), "k has shape [1, 8, 2, 4]; wanted [B=2,S,K,H=4]"),
   (dict(v=jnp.zeros((2, 8, 2))), "v has shape [2, 8, 2]"),
   (dict(q=jnp.zeros((2, 8, 4, 4), jnp.int32)), "q is int32; wanted float32 or bfloat16"),
   (dict(segment_ids=jnp.zeros((2, 8))), "segment_ids is float32; wanted int32"),

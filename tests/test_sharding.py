@@ -4,6 +4,7 @@ import functools
 import inspect
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,9 +16,9 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.hybrid import by_layer
 from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.training import losses
 from hysparse_jax.training import step as train_step
 from hysparse_jax.training.checkpoint import Checkpoints
-from hysparse_jax.training.losses import next_token
 from tests.test_configs import REPO
 from tests.tolerances import assert_close
 
@@ -52,7 +53,7 @@ def gradients(cfg, mesh):
   sharding.check_divisible(cfg, mesh)
 
   def objective(net, batch):
-    return next_token(config.TrainConfig(z_loss=1e-3), net, batch)[0]
+    return losses.next_token(config.TrainConfig(z_loss=1e-3), net, batch)[0]
 
   net = weights_of(cfg)
   places = sharding.shardings(net, mesh)
@@ -107,7 +108,7 @@ def test_a_mixed_pattern_on_a_mesh_equals_one_device():
 
 def test_a_mixed_pattern_decodes_on_a_mesh_as_on_one_device():
   cfg = config.override(load("tiny", "hysparse"), *MIXED)
-  net, tokens = weights_of(cfg), batch_of(cfg).tokens[:4, :41]
+  net, tokens = jax.tree.map(jnp.asarray, weights_of(cfg)), batch_of(cfg).tokens[:4, :41]
   expected = np.asarray(net(tokens))
   mesh = mesh_of(MESHES["mixed"])
   cache = net.init_cache(4, 48)

@@ -1,4 +1,8 @@
-"""Every tolerance of the test suite: name -> (rtol, atol), each with its reason."""
+"""Every tolerance of the test suite, each with its reason.
+
+`assert_close` compares element by element; `assert_rows_close` compares attention outputs and
+gradients row by row, so that one wrong row among thousands fails.
+"""
 
 import numpy as np
 
@@ -20,6 +24,14 @@ TOLERANCES = {
   # The same of a sum over some 100 rows of terms of both signs, each with that error and made of
   # a result rounded once more: the sum has half the norm of its terms.
   "mxu_bf16_cancelled_norm": (0.0, 8e-3),
+  # The GPU's sparse kernels against float32, ||x - ref|| / ||ref||: operands, softmax weights and
+  # stored partial outputs have 8 (bf16) or 11 (f16) bits, each product's error is independent, and
+  # norms average them.
+  "gpu_sparse_bfloat16_norm": (0.0, 5e-3),
+  "gpu_sparse_float16_norm": (0.0, 7e-4),
+  # Their gradients: the cotangent and dQ's parts are rounded too, and dS has the error of P and dP.
+  "gpu_sparse_grad_bfloat16_norm": (0.0, 1e-2),
+  "gpu_sparse_grad_float16_norm": (0.0, 1.4e-3),
   # float64 chain rule against central differences with step 1e-5: truncation 1e-10 x curvature,
   # rounding 1e-16 / 1e-5.
   "finite_difference_f64": (1e-7, 1e-8),
@@ -63,6 +75,89 @@ TOLERANCES = {
   "gradient_f32": (1e-5, 1e-5),
 }
 
+# name -> (norm, row, leaf), what `assert_rows_close` allows: the whole leaf's relative error in the
+# 2-norm; and in each row a largest error of `row` times the row's own largest value plus `leaf`
+# times the leaf's. `leaf` covers rows that cancel: dq of a query that sees few keys.
+ROW_TOLERANCES = {
+  # float32 sums of some 100 to 1000 terms, 6e-8 each, against float64.
+  "attention_rows_f32": (3e-6, 1e-5, 3e-6),
+  # The same products of softmax weights with values of both signs, which partly cancel.
+  "attention_grad_rows_f32": (5e-6, 2e-5, 1e-5),
+  # Float32 throughout, one rounding of the result to 8 bits: 2^-9 of each element.
+  "attention_rows_rounded_bf16": (2.5e-3, 4e-3, 1e-5),
+  # The same to 11 bits.
+  "attention_rows_rounded_f16": (3.2e-4, 5e-4, 1e-5),
+  # Matrix units take the softmax weights in 8 bits too. Emulated at 70 to 2,000 tokens and head
+  # dims 16 to 128: norm 2.0e-3, rows 5.2e-3.
+  "attention_rows_bf16": (4e-3, 1e-2, 1e-3),
+  # Three such roundings (weights or their gradients, the saved output, the result). Emulated: norm
+  # 2.6e-3, rows 6e-3, and 2.3e-3 of the leaf's maximum in dq rows that cancel.
+  "attention_grad_rows_bf16": (5e-3, 1e-2, 5e-3),
+  # float16 matrix units: 11 bits instead of 8, an eighth of the error.
+  "attention_rows_f16": (5e-4, 1.3e-3, 1.3e-4),
+  "attention_grad_rows_f16": (6.3e-4, 1.3e-3, 6.3e-4),
+}
+
+
+def assert_rows_close(actual, expected, name: str, size: float = 0.0):
+  """Asserts that a leaf agrees in norm, and that its worst row does.
+
+  A row is the last axis. Both limits scale with the leaf, so that a gradient of size 1e-3 is held
+  as tightly as one of size 1.
+
+  Args:
+    actual: [...,H] of any float dtype.
+    expected: the same shape, computed in float64 or float32.
+    name: of a row of `ROW_TOLERANCES`.
+    size: a least magnitude of the leaf's elements, for a leaf whose terms cancel to (nearly) zero:
+      that of the terms.
+
+  Raises:
+    AssertionError: names the worst row, its error and its limit.
+  """
+  norm_limit, row_limit, leaf_limit = ROW_TOLERANCES[name]
+  assert np.shape(actual) == np.shape(expected), \
+    f"{name}: shapes {np.shape(actual)} and {np.shape(expected)}"
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert np.isfinite(actual).all() and np.isfinite(expected).all(), f"{name}: not finite"
+  error = np.abs(actual - expected)
+  norm, whole = np.linalg.norm(error), np.linalg.norm(expected)
+  whole = max(whole, size * error.size ** 0.5)
+  assert norm <= norm_limit * whole, \
+    f"{name}: norm of the error {norm:.3g}; wanted at most {norm_limit:.3g} of {whole:.3g}"
+  magnitude = np.abs(expected)
+  limit = (row_limit * magnitude.max(axis=-1)
+           + leaf_limit * max(magnitude.max(initial=0.0), size))
+  excess = error.max(axis=-1) - limit
+  worst = np.unravel_index(excess.argmax(), excess.shape) if excess.ndim else ()
+  assert excess[worst] <= 0, \
+    (f"{name}: row {list(map(int, worst))} is off by {error.max(axis=-1)[worst]:.3g}; wanted at "
+     f"most {limit[worst]:.3g} (the row's largest value {magnitude.max(axis=-1)[worst]:.3g}, the "
+     f"leaf's {magnitude.max():.3g}); {int((excess > 0).sum())} of {excess.size} rows are off")
+
+
+# How much larger than the norm's tolerance one row's error may be, in units of its norm or of the
+# root mean square of the rows' norms, whichever is larger. A row's error is a sum over its own few
+# keys, 2 to 4 times the mean in the worst of some 10,000 rows; a wrong row has an error of 1 and
+# more, over 100 (bf16) times the mean.
+ROW_FACTOR = 8.0
+
+
+def assert_norm_close(actual, expected, name: str):
+  """Asserts ||x - ref|| / ||ref|| for the whole array and for each row along its last axis."""
+  limit = TOLERANCES[name][1]
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape
+  assert np.isfinite(actual).all() and np.isfinite(expected).all(), f"{name}: not finite"
+  error = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+  assert error <= limit, f"{name}: norm of the error {error:.2e}, want at most {limit:.1e}"
+  sizes = np.linalg.norm(np.atleast_1d(expected), axis=-1)
+  scale = np.maximum(sizes, np.sqrt((sizes ** 2).mean()))
+  errors = np.linalg.norm(np.atleast_1d(actual - expected), axis=-1) / np.maximum(scale, 1e-30)
+  worst = np.unravel_index(errors.argmax(), errors.shape)
+  assert errors.max() <= ROW_FACTOR * limit, (
+    f"{name}: row {worst} has error {errors.max():.2e}, want at most {ROW_FACTOR * limit:.1e}")
+
 
 def assert_close(actual, expected, name: str):
   """Asserts the two arrays agree within the tolerance of that name, and are both finite."""
@@ -70,3 +165,17 @@ def assert_close(actual, expected, name: str):
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   assert np.isfinite(actual).all() and np.isfinite(expected).all(), f"{name}: not finite"
   np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=name)
+
+
+def assert_leaf_close(actual, expected, tolerance: str, leaf: str):
+  """Asserts that a leaf agrees in norm and in its worst element, both relative to the leaf."""
+  norm_limit, max_limit = LEAF_TOLERANCES[tolerance]
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape, f"{leaf}: shapes {actual.shape} and {expected.shape}"
+  assert np.isfinite(actual).all() and np.isfinite(expected).all(), f"{leaf}: not finite"
+  error = np.abs(actual - expected)
+  norm = np.linalg.norm(error) / np.linalg.norm(expected)
+  worst = error.max() / np.abs(expected).max()
+  assert norm <= norm_limit and worst <= max_limit, (
+    f"{leaf}: norm {norm:.4f} of at most {norm_limit}, worst element {worst:.4f} of at most "
+    f"{max_limit} of the largest")

@@ -1,13 +1,18 @@
-"""Runs the project's Triton kernels on CPU with Triton's own interpreter, without torch.
+"""Runs the GPU's sparse kernels on CPU: Triton on its own interpreter, Mosaic in interpret mode.
 
 `install` must come before the first import of a module with Triton kernels. The interpreter takes
-tensors by duck typing; `_HostArray` is the little of that which it uses, over numpy. Use float16:
-its matrix products do not know bfloat16.
+tensors by duck typing, without torch; `_HostArray` is the little of that which it uses, over numpy.
+Use float16: its matrix products do not know bfloat16.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention.gpu import forward, forward_split
 
 
 class _HostArray:
@@ -79,7 +84,15 @@ def triton_call(*args, kernel, out_shape, grid, name="", num_warps=4, num_stages
 def install(patch):
   """Turns the interpreter on and puts it in jax-triton's place; `patch`: a pytest.MonkeyPatch."""
   patch.setenv("TRITON_INTERPRET", "1")
-  from pallas_kernels.block_sparse_attention.gpu import backward as kernels
+  from pallas_kernels.block_sparse_attention.gpu import key_major
 
-  patch.setattr(kernels, "_call",
+  patch.setattr(key_major, "call",
                 lambda kernel, *args, **kwargs: triton_call(*args, kernel=kernel, **kwargs))
+
+
+def install_all(patch):
+  """`install`, and the Mosaic kernels in JAX's GPU interpret mode."""
+  install(patch)
+  for module, name in ((forward, "tile_forward"), (forward_split, "split_forward")):
+    patch.setattr(module, name, functools.partial(
+      getattr(module, name), interpret=compat.InterpretGPUParams()))

@@ -9,7 +9,7 @@ is the share of PEAK_TFLOPS, a large bf16 matrix product's measured rate, that u
 
 --platform=gpu needs a Hopper GPU, its peer is cuDNN; --platform=tpu a TPU, its peer is splash
 attention; --platform=tpu_static needs neither: it counts the instruction bundles of the TPU
-compiler's schedules (`tpu_cost.row`). Counts are not timings.
+compiler's schedules (`experiments.tpu_static.cost.row`). Counts are not timings.
 """
 
 import functools
@@ -92,20 +92,11 @@ def dense(platform, shape):
   if platform == "gpu":
     return lambda arrays, _: (jax.nn.dot_product_attention(
       *arrays[:3], is_causal=True, implementation="cudnn"), ())
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  from experiments.bench import splash  # TPU kernels, slow to import
 
-  mask = masks.MultiHeadMask([masks.CausalMask((shape.tokens,) * 2)] * shape.num_heads)
-  sizes = splash.BlockSizes(
-    block_q=512, block_kv=1024, block_kv_compute=1024, block_q_dkv=512, block_kv_dkv=1024,
-    block_kv_dkv_compute=1024, block_q_dq=512, block_kv_dq=1024)
-  kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
-
-  def forward(arrays, _):
-    q, k, v = (x.swapaxes(1, 2) for x in arrays[:3])
-    return jax.vmap(kernel)(q * shape.head_dim ** -0.5, k, v).swapaxes(1, 2), ()
-
-  return forward
+  kernel = splash.causal_attention(shape)
+  return lambda arrays, _: (
+    kernel(arrays[0] * shape.head_dim ** -0.5, *arrays[1:3]), ())
 
 
 def make_call(op, shape, arrays, implementation):
@@ -127,7 +118,8 @@ def make_planner(shape, implementation):
   if _HOT.value is not None:
     from pallas_kernels.block_sparse_attention.gpu import op as gpu
     return jax.jit(functools.partial(
-      gpu.make_plan, group=shape.num_heads // shape.num_kv_heads, hot_threshold=_HOT.value))
+      gpu.make_plan, group=shape.num_heads // shape.num_kv_heads, num_keys=shape.tokens,
+      query_offset=0, hot_threshold=_HOT.value))
   return jax.jit(functools.partial(
     pallas_kernels.plan_blocks, num_heads=shape.num_heads, implementation=implementation))
 

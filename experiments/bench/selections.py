@@ -12,14 +12,21 @@ import pathlib
 
 import numpy as np
 
+from hysparse_jax.errors import UserError
+
 _FOLDER = pathlib.Path(__file__).parents[1] / "data"     # of selections_*.npz
 BLOCK = 64
 
 
 def recorded(name, heads):
-  """`trace`, `early` or another recording -> i32 [heads, T, P], ascending, -1 last.
+  """A recording, such as `trace` or `early`: i32 [heads, T, P], ascending, -1 last.
 
-  T is 32768 and P 16 in the recordings that are kept here; they have at most 8 heads.
+  T is 32768 and P 16 in the recordings that are kept here. `hysparse` has 4 heads, `hysparse_m3` 6,
+  the others 8; where more are asked for, heads repeat in order: head i is recorded head
+  i mod (recorded heads).
+
+  Raises:
+    UserError: no recording of that name.
   """
   known = []
   for path in sorted(_FOLDER.glob("selections_*.npz")):
@@ -29,10 +36,8 @@ def recorded(name, heads):
         picks = data[name]
         break
   else:
-    raise ValueError(f"selection: got {name!r}, want one of {', '.join(sorted(known))}")
-  if heads > picks.shape[0]:
-    raise ValueError(f"selection {name}: got {heads} heads, {picks.shape[0]} were recorded")
-  return pads_last(picks[:heads].astype(np.int32))
+    raise UserError(f"selection: got {name!r}, want one of {', '.join(sorted(known))}")
+  return pads_last(picks[np.arange(heads) % picks.shape[0]].astype(np.int32))
 
 
 def pads_last(picks):
@@ -65,9 +70,10 @@ def random(heads, tokens, picks=16, seed=0):
 
 
 def walk(heads, tokens, replaced, picks=16, seed=0):
-  """The previous token's picks with `replaced` of them redrawn on average, own block always in.
+  """The previous token's blocks with `replaced` of them redrawn on average; own block always in.
 
-  A draw that is held already changes nothing: at 32,768 tokens 0.90 of 1 redrawn blocks are new.
+  A draw that is already selected changes nothing: at 32,768 tokens 0.90 of 1 redrawn blocks are
+  new.
   """
   rng = np.random.default_rng(seed)
   out = np.full((heads, tokens, picks), -1, np.int32)
@@ -99,13 +105,17 @@ def walk(heads, tokens, replaced, picks=16, seed=0):
 
 
 def selection(name, heads, tokens, picks=16, seed=0):
-  """The selection called `random`, `walk r=0.5|1|2`, or as a recording is, such as `trace`."""
+  """The selection of that name, `random`, `walk r=0.5|1|2` or a recording: i32 [heads, tokens, P].
+
+  Raises:
+    UserError: an unknown name, or a recording of another shape.
+  """
   if name.startswith("walk r="):
     return walk(heads, tokens, float(name.removeprefix("walk r=")), picks, seed)
   if name == "random":
     return random(heads, tokens, picks, seed)
   out = recorded(name, heads)
   if out.shape[1:] != (tokens, picks):
-    raise ValueError(f"selection {name}: recorded at [T, P] = {list(out.shape[1:])}, "
+    raise UserError(f"selection {name}: recorded at [T, P] = {list(out.shape[1:])}, "
                      f"got {[tokens, picks]}")
   return out

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench import splash
 from pallas_kernels.block_sparse_attention.tpu import op as sparse_tpu
 from pallas_kernels.oracle_attention.tpu import op as oracle_tpu
 from pallas_kernels.sliding_window_attention.tpu import op as window_tpu
@@ -85,19 +86,9 @@ def _block_sparse_plan(shape, dtype):
 
 
 def _splash(shape, dtype):
-  """The public peer: causal splash attention, B=1; under a vjp its forward saves the lse."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
+  """The public peer, B=1; under a vjp its forward saves the lse."""
   def op(q, k, v):
-    mask = masks.MultiHeadMask(
-      [masks.CausalMask((shape.tokens, shape.tokens)) for _ in range(shape.num_heads)])
-    sizes = splash.BlockSizes(
-      block_q=512, block_kv=1024, block_kv_compute=1024, block_q_dkv=512, block_kv_dkv=1024,
-      block_kv_dkv_compute=1024, block_q_dq=512, block_kv_dq=1024)
-    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
-    by_head = lambda x: x[0].swapaxes(0, 1)
-    return kernel(by_head(q), by_head(k), by_head(v)).swapaxes(0, 1)[None]
+    return splash.causal_attention(shape)(q, k, v)
   return op, _qkv(shape, dtype)
 
 

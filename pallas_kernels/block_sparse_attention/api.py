@@ -5,7 +5,6 @@ from pallas_kernels.block_sparse_attention import reference
 
 _GPU = "pallas_kernels.block_sparse_attention.gpu.op"
 _TPU = "pallas_kernels.block_sparse_attention.tpu.op"
-_ONLY_TRITON = 1000   # no pick is shared by that many tokens of a tile
 
 
 def _reference(*args, plan, **options):
@@ -13,18 +12,8 @@ def _reference(*args, plan, **options):
   return reference.block_sparse_attention(*args, **options)
 
 
-def _triton(*args, **options):
-  from pallas_kernels.block_sparse_attention.gpu import op as gpu
-  return gpu.block_sparse_attention(*args, hot_threshold=_ONLY_TRITON, **options)
-
-
-def _plan_gpu(block_indices, group, block_size, hot_threshold=None):
-  from pallas_kernels.block_sparse_attention.gpu import op as gpu
-  gpu.check_picks("plan_blocks", block_indices, block_size)
-  return gpu.make_plan(block_indices, group, hot_threshold)
-
-
-def _plan_tpu(block_indices, group, block_size):
+def _plan_tpu(block_indices, group, num_keys, block_size, query_offset):
+  del num_keys, query_offset
   from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
   return mosaic_tpu.make_plan(block_indices, group, block_size=block_size)
 
@@ -32,12 +21,12 @@ def _plan_tpu(block_indices, group, block_size):
 _AVAILABLE = {"reference": _reference,
               "mosaic_gpu": implementations.lazy(_GPU + ":block_sparse_attention"),
               "mosaic_tpu": implementations.lazy(_TPU + ":block_sparse_attention"),
-              "triton": _triton}
+              "triton": implementations.lazy(_GPU + ":block_sparse_attention_triton")}
 _PLANS = {
   "reference": lambda *_: None,
-  "mosaic_gpu": _plan_gpu,
+  "mosaic_gpu": implementations.lazy(_GPU + ":plan_blocks"),
   "mosaic_tpu": _plan_tpu,
-  "triton": lambda *args: _plan_gpu(*args, hot_threshold=_ONLY_TRITON),
+  "triton": implementations.lazy(_GPU + ":plan_triton"),
 }
 _BY_PLATFORM = {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
 
@@ -66,9 +55,11 @@ def plan_blocks(block_indices, *, num_heads, num_keys=None, block_size=64, query
   sizes = {"N": num_heads}
   checks.check_shape(op, "block_indices", block_indices, "BKTP", sizes, ("int32",))
   checks.check_heads(op, sizes)
-  checks.check_at_least(op, 1, block_size=block_size)
+  num_keys = sizes["T"] if num_keys is None else num_keys
+  checks.check_at_least(op, 1, block_size=block_size, num_keys=num_keys)
+  query_offset = checks.check_offset(op, "query_offset", query_offset, sizes)
   plan = implementations.pick(op, implementation, _PLANS, _BY_PLATFORM, tokens=sizes["T"])
-  return plan(block_indices, num_heads // sizes["K"], block_size)
+  return plan(block_indices, num_heads // sizes["K"], num_keys, block_size, query_offset)
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
@@ -81,16 +72,17 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
 
   Args:
     q: [B,T,N,H] float32, bfloat16 or float16.
-    k: [B,S,K,H], N a multiple of K.
+    k: [B,S,K,H], N a multiple of K. Every key and value must be finite, also those that no query
+      sees: they take part with weight 0, and 0 * NaN is NaN.
     v: [B,S,K,E]; its head dim E may differ from H.
     block_indices: i32 [B,K,T,P] as `oracle_attention` returns them: distinct blocks, -1 for none.
     block_size: keys per block.
     sinks: f32 [N] or None: a logit per head that joins the softmax denominator only.
-    query_offset: int, i32 [] or i32 [B]: the key index of query 0. Query t of row b sees keys up to
-      query_offset[b] + t.
+    query_offset: int, i32 [] or i32 [B], at least 0: the key index of query 0. Query t of row b
+      sees the keys up to query_offset[b] + t, which may lie beyond the last key.
     segment_ids: i32 [B,T] or None, the queries' documents. A query attends within its document
       only. Segment 0 is padding and is masked both as query (output 0) and as key.
-    kv_segment_ids: i32 [B,S], the keys' documents; None where the queries are all keys.
+    kv_segment_ids: i32 [B,S], the keys' documents; None if T = S and query_offset is 0.
     scale: of the logits; None is 1/sqrt(H).
     plan: what `plan_blocks` returned for these indices and this implementation; None: made here.
     implementation: "reference", "mosaic_gpu" (NVIDIA Hopper; its backward is Triton's), "triton"

@@ -3,24 +3,15 @@
 from pallas_kernels import checks, implementations
 from pallas_kernels.cached_attention import reference
 
-
-def _oracle_mosaic_tpu(*args, **options):
-  from pallas_kernels.cached_attention.tpu import (
-    op as mosaic_tpu,  # its packages only where it is used
-  )
-  return mosaic_tpu.cached_oracle_attention(*args, **options)
-
-
-def _block_sparse_mosaic_tpu(*args, **options):
-  from pallas_kernels.cached_attention.tpu import op as mosaic_tpu
-  return mosaic_tpu.cached_block_sparse_attention(*args, **options)
-
+_TPU = "pallas_kernels.cached_attention.tpu.op"
 
 _AVAILABLE = {
   "cached_oracle_attention": {"reference": reference.cached_oracle_attention,
-                              "mosaic_tpu": _oracle_mosaic_tpu},
+                              "mosaic_tpu": implementations.lazy(
+                                _TPU + ":cached_oracle_attention")},
   "cached_block_sparse_attention": {"reference": reference.cached_block_sparse_attention,
-                                    "mosaic_tpu": _block_sparse_mosaic_tpu},
+                                    "mosaic_tpu": implementations.lazy(
+                                      _TPU + ":cached_block_sparse_attention")},
   "cached_sliding_window_attention": {"reference": reference.cached_sliding_window_attention},
 }
 _BY_PLATFORM = {
@@ -43,7 +34,7 @@ def cached_oracle_attention(q, k, v, query_positions, *, block_size=64, num_bloc
     v: [B,S,K,E]; its head dim E may differ from H.
     query_positions: i32 [B,T], below S.
     block_size: keys per block.
-    num_blocks: P, blocks to pick; 0 picks none.
+    num_blocks: P, blocks to select; 0 selects none.
     scale: of the logits; None is 1/sqrt(H).
     layer: i32 [] or None. Given, k and v are stacked caches [C,B,S,K,.], of which this one is
       used: a kernel reads it in place, where cutting it out first would copy it.
@@ -71,7 +62,7 @@ def cached_block_sparse_attention(q, k, v, block_indices, query_positions, *, bl
                                   sinks=None, scale=None, layer=None, implementation=None):
   """`block_sparse_attention` of some queries over a cache that already holds their own keys.
 
-  With one query per row (T=1) only the picked blocks are read.
+  With one query per row (T=1) only the selected blocks are read.
 
   Args:
     q: [B,T,N,H] float32, bfloat16 or float16.
@@ -111,7 +102,7 @@ def cached_sliding_window_attention(q, k_ring, v_ring, k_new, v_new, query_posit
 
   Slot s of the ring holds the newest position p < query_positions[:,0] with p % W == s; a slot
   with no such p >= 0 may hold anything, NaN included. The ring is read only: writing the new
-  keys into it is the cache's business.
+  keys into it is left to the caller.
 
   Args:
     q: [B,T,N,H] float32, bfloat16 or float16.

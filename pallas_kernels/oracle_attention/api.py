@@ -21,15 +21,16 @@ def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, query_offset=0, s
 
   Args:
     q: [B,T,N,H] float32, bfloat16 or float16.
-    k: [B,S,K,H], N a multiple of K.
+    k: [B,S,K,H], N a multiple of K. Every key and value must be finite, also those that no query
+      sees: they take part with weight 0, and 0 * NaN is NaN.
     v: [B,S,K,E]; its head dim E may differ from H.
     block_size: keys per block; the last block may be short.
     num_blocks: P, blocks to pick. 0 makes this plain causal attention.
-    query_offset: int, i32 [] or i32 [B]: the key index of query 0. Query t of row b sees keys up to
-      query_offset[b] + t.
+    query_offset: int, i32 [] or i32 [B], at least 0: the key index of query 0. Query t of row b
+      sees the keys up to query_offset[b] + t, which may lie beyond the last key.
     segment_ids: i32 [B,T] or None, the queries' documents. A query attends within its document
       only. Segment 0 is padding and is masked both as query (output 0, no blocks) and as key.
-    kv_segment_ids: i32 [B,S], the keys' documents; None where the queries are all keys.
+    kv_segment_ids: i32 [B,S], the keys' documents; None if T = S and query_offset is 0.
     scale: of the logits; None is 1/sqrt(H).
     implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), "mosaic_tpu", or None to pick by
       platform.

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 
 from pallas_kernels.reference.block_selection import attend_and_select
-from pallas_kernels.reference.masked_attention import causal_chunks, positions, same_segment
+from pallas_kernels.reference.masked_attention import causal_arrays, causal_chunks, causal_mask
 
-NEVER = jnp.iinfo(jnp.int32).max     # position of padding keys: after every query
+NEVER = jnp.iinfo(jnp.int32).max     # the position of padding keys: after every query
 
 
 def oracle_attention(q, k, v, *, block_size, num_blocks, query_offset, segment_ids,
@@ -22,23 +22,17 @@ def oracle_attention(q, k, v, *, block_size, num_blocks, query_offset, segment_i
   log S = max_n (max_j s[t,n,j] - logsumexp_j s[t,n,j]) in float32, which orders blocks whose
   weight underflows; float32-equal values are ties, and ties go to the lower block.
   """
-  batch, num_queries, num_heads, _ = q.shape
-  dtype = q.dtype
-  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))      # here: gradients add up in float32
-  queries = {"q": q * scale, "position": positions(query_offset, batch, num_queries),
-             "segment": segment_ids}
-  keys = {"k": k, "v": v, "position": positions(0, batch, k.shape[1]), "segment": kv_segment_ids}
+  queries, keys = causal_arrays(q, k, v, query_offset=query_offset, segment_ids=segment_ids,
+                                kv_segment_ids=kv_segment_ids, scale=scale)
   if num_blocks:
     keys = _pad_keys(keys, -k.shape[1] % block_size)
 
   def attend(queries, keys):
-    visible = keys["position"][:, None, None, :] <= queries["position"][:, None, :, None]
-    visible &= same_segment(queries["segment"], keys["segment"])
-    out, picked = attend_and_select(queries["q"], keys["k"], keys["v"], visible,
+    out, picked = attend_and_select(queries["q"], keys["k"], keys["v"], causal_mask(queries, keys),
                                     block_size=block_size, num_blocks=num_blocks)
-    return out.astype(dtype), picked
+    return out.astype(q.dtype), picked
 
-  out, block_indices = causal_chunks(attend, queries, keys, num_heads=num_heads,
+  out, block_indices = causal_chunks(attend, queries, keys, num_heads=q.shape[2],
                                      offset=query_offset,
                                      key_multiple=block_size if num_blocks else 1)
   return out, block_indices.transpose(0, 2, 1, 3)

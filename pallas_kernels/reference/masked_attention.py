@@ -74,6 +74,24 @@ def masked_attention(q, k, v, visible, *, sinks=None, block_size=None):
   return out, (block_max - log_total[..., None]).max(axis=3)
 
 
+def causal_mask(queries, keys, window=None):
+  """bool [B,1,T,S]: which keys each query sees.
+
+  Those at its position or before, of its own segment, and within the window if there is one.
+
+  Args:
+    queries: {"position": i32 [B,T], "segment": i32 [B,T] or None, ...}; segment 0 is padding.
+    keys: {"position": i32 [B,S], "segment": i32 [B,S] or None, ...}.
+    window: tokens a query sees, its own included; None: all.
+  """
+  query_position = queries["position"][:, None, :, None]
+  key_position = keys["position"][:, None, None, :]
+  visible = key_position <= query_position
+  if window is not None:
+    visible &= key_position > query_position - window
+  return visible & same_segment(queries["segment"], keys["segment"])
+
+
 def same_segment(query_segments, key_segments):
   """bool [B,1,T,S]: same document, and not padding (segment 0). True where there are none.
 
@@ -87,8 +105,27 @@ def same_segment(query_segments, key_segments):
   return (query_segments == key_segments[:, None, None, :]) & (query_segments != 0)
 
 
-def positions(offset, batch, count):
-  """i32 [B,T]: the key index of each query; offset: int or i32 [B]."""
+def causal_arrays(q, k, v, *, query_offset, segment_ids, kv_segment_ids, scale):
+  """The `queries` and `keys` trees of `causal_mask` and `causal_chunks`, in float32.
+
+  Args:
+    q: [B,T,N,H]; k: [B,S,K,H]; v: [B,S,K,E], of any float dtype.
+    query_offset: int or i32 [B], the key index of query 0.
+    segment_ids: i32 [B,T] or None; kv_segment_ids: i32 [B,S] or None.
+    scale: of the logits; q is multiplied by it.
+
+  Returns:
+    {"q", "position", "segment"} and {"k", "v", "position", "segment"}. The casts are made here,
+    outside any chunk, so that the gradients of the chunks add up in float32.
+  """
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  queries = {"q": q * scale, "position": _positions(query_offset, *q.shape[:2]),
+             "segment": segment_ids}
+  keys = {"k": k, "v": v, "position": _positions(0, *k.shape[:2]), "segment": kv_segment_ids}
+  return queries, keys
+
+
+def _positions(offset, batch, count):
   offset = jnp.broadcast_to(jnp.asarray(offset, jnp.int32), (batch,))
   return offset[:, None] + jnp.arange(count, dtype=jnp.int32)
 
@@ -101,7 +138,7 @@ def causal_chunks(attend, queries, keys, *, num_heads, offset=0, key_multiple=1)
     queries: tree of [B,T,...] arrays.
     keys: tree of [B,S,...] arrays; query `t` may only use keys `0..offset + t`.
     num_heads: N, to count scores.
-    offset: int, or an array: then every slice gets all keys.
+    offset: int, or an i32 array [B]: then every slice gets all keys.
     key_multiple: the key slices end at a multiple of this (or at S).
 
   Returns:

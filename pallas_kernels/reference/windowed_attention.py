@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from pallas_kernels.reference.masked_attention import (
   CHUNK_SCORES,
   KEPT_SCORES,
+  causal_mask,
   masked_attention,
-  same_segment,
 )
 
 BAND = (64, 256)  # fewest and most queries per band: small matmuls against computed-but-hidden keys
@@ -22,7 +22,7 @@ def windowed_attention(queries, keys, *, window, sinks):
     queries: {"q": f32 [B,T,N,H] scaled, "position": i32 [B,T], "segment": i32 [B,T] or None}.
     keys: {"k": f32 [B,S,K,H], "v": f32 [B,S,K,E], "position": i32 [B,S], "segment": i32 [B,S] or
       None}, S = T + window - 1: key `i + window - 1` stands at the position of query `i`.
-      Negative positions are seen by nobody.
+      A key at a negative position is hidden from every query.
     window: tokens a query sees, itself included.
     sinks: f32 [N] or None.
 
@@ -33,10 +33,7 @@ def windowed_attention(queries, keys, *, window, sinks):
 
   def attend(arrays):
     query, key = arrays
-    query_position = query["position"][:, None, :, None]
-    key_position = key["position"][:, None, None, :]
-    visible = (key_position <= query_position) & (key_position > query_position - window)
-    visible &= (key_position >= 0) & same_segment(query["segment"], key["segment"])
+    visible = causal_mask(query, key, window) & (key["position"] >= 0)[:, None, None, :]
     return masked_attention(query["q"], key["k"], key["v"], visible, sinks=sinks)[0]
 
   band = max(BAND[0], min(window // 2, BAND[1]))

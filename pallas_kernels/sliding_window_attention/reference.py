@@ -3,7 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.reference.masked_attention import positions
+from pallas_kernels.reference.masked_attention import (
+  causal_arrays,
+  causal_chunks,
+  causal_mask,
+  masked_attention,
+)
 from pallas_kernels.reference.windowed_attention import windowed_attention
 
 
@@ -14,18 +19,18 @@ def sliding_window_attention(q, k, v, *, window, sinks, query_offset, segment_id
       p[t,n,j] = exp(s[t,n,j]) / (exp(sink_n) + sum_j' exp(s[t,n,j']))      (HySparse, local branch)
       out[t,n] = sum_j p[t,n,j] v_j
   """
-  batch, num_queries = q.shape[:2]
-  num_keys = k.shape[1]
-  dtype = q.dtype
-  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-  window = min(window, num_queries + num_keys if not isinstance(query_offset, int)
-               else query_offset + num_queries)
-  queries = {"q": q * scale, "position": positions(query_offset, batch, num_queries),
-             "segment": segment_ids}
-  reach = lambda x, fill=0: _reach(x, query_offset, window - 1, num_queries, fill)
-  keys = {"k": reach(k), "v": reach(v), "position": reach(positions(0, batch, num_keys), -1),
-          "segment": None if kv_segment_ids is None else reach(kv_segment_ids)}
-  return windowed_attention(queries, keys, window=window, sinks=sinks).astype(dtype)
+  queries, keys = causal_arrays(q, k, v, query_offset=query_offset, segment_ids=segment_ids,
+                                kv_segment_ids=kv_segment_ids, scale=scale)
+  if window >= k.shape[1]:      # a band reaches as many keys as there are: bands save nothing
+    def attend(queries, keys):
+      return masked_attention(queries["q"], keys["k"], keys["v"],
+                              causal_mask(queries, keys, window), sinks=sinks)[0].astype(q.dtype)
+
+    return causal_chunks(attend, queries, keys, num_heads=q.shape[2], offset=query_offset)
+  fill = {"k": 0, "v": 0, "position": -1, "segment": 0}
+  keys = {name: None if x is None else
+          _reach(x, query_offset, window - 1, q.shape[1], fill[name]) for name, x in keys.items()}
+  return windowed_attention(queries, keys, window=window, sinks=sinks).astype(q.dtype)
 
 
 def _reach(x, offset, before, count, fill):

@@ -15,8 +15,10 @@ _AVAILABLE = {
     "pallas_kernels.sparse_layer_attention.gpu.op:sparse_layer_attention"),
   "mosaic_tpu": implementations.lazy(
     "pallas_kernels.sparse_layer_attention.tpu.op:sparse_layer_attention"),
+  "triton": implementations.lazy(
+    "pallas_kernels.sparse_layer_attention.gpu.op:sparse_layer_attention_triton"),
 }
-_BY_PLATFORM = {"gpu": ("mosaic_gpu",), "tpu": ("mosaic_tpu",)}
+_BY_PLATFORM = {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}
 
 
 def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse=None,
@@ -34,7 +36,8 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
 
   Args:
     q: [B,T,N,H] float32, bfloat16 or float16.
-    k: [B,S,K,H] of the full layer, N a multiple of K; None: no sparse branch.
+    k: [B,S,K,H] of the full layer, N a multiple of K; None: no sparse branch. Every key and value
+      must be finite, also those that no query sees.
     v: [B,S,K,E]; its head dim E may differ from H.
     block_indices: i32 [B,K,T,P] of the full layer: distinct blocks, -1 for none.
     k_local: [B,L,K,H], the local branch's own keys; None: no local branch.
@@ -46,23 +49,23 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
     sinks_local: f32 [N] or None, of the local branch's.
     block_size: keys per block.
     window: tokens of the local branch, the query's own included.
-    query_offset: int, i32 [] or i32 [B]: the index of query 0 among the keys k.
+    query_offset: int, i32 [] or i32 [B], at least 0: the index of query 0 among the keys k.
     local_query_offset: the same among the keys k_local; None: query_offset.
     segment_ids: i32 [B,T] or None, the queries' documents; 0 is padding, masked both as query
       (output 0) and as key.
-    kv_segment_ids: i32 [B,S], of the keys k; None where the queries are all keys.
-    local_kv_segment_ids: i32 [B,L], of the keys k_local; None where the queries are all of them, or
-      where k_local has the length and the offset of k.
+    kv_segment_ids: i32 [B,S], of the keys k; None if T = S and query_offset is 0.
+    local_kv_segment_ids: i32 [B,L], of the keys k_local; None if T = L and their offset is 0, or if
+      k_local has the length and the offset of k.
     scale: of the logits of both branches; None is 1/sqrt(H).
     plan: what `plan_blocks` returned for these indices and this implementation; None: made here.
-    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper), "mosaic_tpu", or None to pick by
-      platform.
+    implementation: "reference", "mosaic_gpu" (NVIDIA Hopper; its backward is Triton's), "triton"
+      (Triton alone), "mosaic_tpu", or None to pick by platform.
 
   Returns:
     out [B,T,N,E] in q's dtype.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit, or no branch at all.
+    ValueError: shapes or dtypes that do not fit, no branch at all, or an argument of an absent one.
     NotImplementedError: an implementation that does not exist.
   """
   op = "sparse_layer_attention"
@@ -74,6 +77,13 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
   checks.require((v_local is not None) == has_local,
                  f"{op}: give k_local and v_local together, or None for both")
   checks.require(has_sparse or has_local, f"{op}: neither k nor k_local; give one of the branches")
+  absent = {} if has_sparse else dict(gate_sparse=gate_sparse, sinks_sparse=sinks_sparse,
+                                      kv_segment_ids=kv_segment_ids, plan=plan)
+  if not has_local:
+    absent |= dict(gate_local=gate_local, sinks_local=sinks_local,
+                   local_query_offset=local_query_offset, local_kv_segment_ids=local_kv_segment_ids)
+  for name, value in absent.items():
+    checks.require(value is None, f"{op}: got {name} without its branch; leave it out")
   query_offset = checks.check_offset(op, "query_offset", query_offset, sizes)
   same_offset = local_query_offset is None
   local_query_offset = query_offset if same_offset else checks.check_offset(
@@ -93,15 +103,11 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
     query_segments, local_kv_segment_ids = checks.check_segments(
       op, segment_ids, local_kv_segment_ids, local_query_offset, sizes, "L", "local_kv_segment_ids")
   checks.check_heads(op, sizes)
-  for name, gate, present in (("gate_sparse", gate_sparse, has_sparse),
-                              ("gate_local", gate_local, has_local)):
-    checks.require(gate is None or present, f"{op}: {name} without its branch; leave it out")
+  for branch, gate, sinks in (("sparse", gate_sparse, sinks_sparse),
+                              ("local", gate_local, sinks_local)):
     if gate is not None:
-      checks.check_broadcast(op, name, gate, "BTNE", sizes)
-  for name, sinks, present in (("sinks_sparse", sinks_sparse, has_sparse),
-                               ("sinks_local", sinks_local, has_local)):
-    checks.require(sinks is None or present, f"{op}: {name} without its branch; leave it out")
-    checks.check_sinks(op, name, sinks, sizes)
+      checks.check_broadcast(op, f"gate_{branch}", gate, "BTNE", sizes)
+    checks.check_sinks(op, f"sinks_{branch}", sinks, sizes)
   checks.check_at_least(op, 1, block_size=block_size, window=window)
   checks.check_scale(op, scale)
   run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM, tokens=sizes["T"])

@@ -1,19 +1,19 @@
-"""Tile-union block-sparse attention forward for Hopper, in Pallas Mosaic GPU.
+"""Block-sparse attention forward for Hopper over whole tiles of queries, in Pallas Mosaic GPU.
 
 A program takes `tile_tokens` consecutive tokens x the G heads of a KV head = 128 query rows, and
-walks the tile's list of hot blocks (`index_plan.py`): a producer warpgroup brings K and V blocks
+loops over the tile's list of hot blocks (plan.py): a producer warpgroup brings K and V blocks
 by data-dependent TMA loads, two consumer warpgroups of 64 rows (half of the heads each, all the
 tokens) alternate between the tensor cores and the softmax.
 
-    out[t,n] = sum over blocks c hot in the tile with t in members(c), keys j <= t of c:  p v_j
+    out[t,n] = sum over blocks c hot in the tile with t in members(c), visible keys j of c:  p v_j
 
-Membership costs nothing per score: rows that did not pick a block subtract a huge number instead
+Membership costs nothing per score: rows that did not select a block subtract a huge number instead
 of their running maximum, so their weights underflow to 0. Only a list's first step, which holds
-the tile's own block, compares key and query positions.
+the blocks of the tile's own positions, compares key and query positions, and only its first
+`masked_steps` (visibility.py), mostly one, compare segments.
 """
 
-import dataclasses
-import math
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +21,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import compat
+from pallas_kernels import compat, hopper
+from pallas_kernels.gpu_padding import BLOCK
+from pallas_kernels.softmax import EMPTY_LSE, LN2, LOG2E, MASKED
 
 ROWS = 64                                   # query rows of a warpgroup: the M of wgmma
-BLOCK = 64                                  # keys of a block
-_LOW = -1e20                                # running maximum before any key: finite on purpose
-_MASKED = -1e30                             # score of an invisible key
-_LOG2E = math.log2(math.e)
-_FULL = plgpu.Layout.WGMMA
-_ROW = plgpu.Layout.WGMMA.reduce(1)
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class UnionConfig:
-  """Tile sizes of the union forward; the defaults are for H200 (measured: LOG.md)."""
-
-  blocks_per_step: int = 2
-  stages: int = 2                           # steps of K and V in flight
-  programs: int = 132                       # one a multiprocessor of an H100 or H200
-
-  def __post_init__(self):
-    if self.blocks_per_step not in (1, 2):
-      raise ValueError(f"blocks_per_step: got {self.blocks_per_step}, want 1 or 2")
-    shared_kib = 64 + self.stages * self.blocks_per_step * 32      # at H = 128
-    if self.stages < 2 or shared_kib > 224:
-      raise ValueError(f"stages: got {self.stages} of {self.blocks_per_step} blocks, want at "
-                       "least 2 and at most 224 KiB in all")
+# Blocks of a step: 64 x 128 scores a warpgroup. A list's first step thus holds both blocks that a
+# tile's own positions may span.
+BLOCKS_PER_STEP = 2
+STAGES = 2                                  # steps of K and V in flight: 128 KiB at H = 128
+PROGRAMS = 132                              # one a multiprocessor of an H100 or H200
+M_FLOOR = -1e20                             # running maximum before any key: finite on purpose
+_FULL, _ROW, _COLUMN = hopper.TILE, hopper.ROWS, hopper.COLS
 
 
 def tile_tokens(group):
@@ -55,19 +40,36 @@ def tile_tokens(group):
   return 2 * ROWS // group
 
 
-def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_ref, sink_ref,
-                  segment_ref, row_segment_ref, out_ref, lse_ref, scratch, *, shape, config,
-                  programs, scale, window, interpret):
-  """The body: see the module. `shape` is (K, G, H); rows of a warpgroup are head-major.
+def _tile_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_ref, sink_ref,
+                 offset_ref, segment_ref, row_segment_ref, masked_ref, out_ref, lse_ref, scratch,
+                 *, shape, programs, scale, visible, interpret):
+  """The body: see the module. Rows of a warpgroup are head-major.
 
   A program runs tiles program, program + programs, ...: its producer fetches the next tile's
   queries and first blocks while the consumers finish and store the last one.
+
+  Args:
+    q_ref: [B,T,N,H], and out_ref.
+    k_ref: [B,S,K,H], and v_ref.
+    blocks_ref: i32 [B,K,L,U], and words_ref.
+    counts_ref: i32 [B,K,L], and order_ref.
+    sink_ref: f32 [K,2,ROWS], base 2.
+    offset_ref: i32 [B], or None where the offset is static.
+    segment_ref: i32 [B,S] or None.
+    row_segment_ref: i32 [B,L,ROWS] or None.
+    masked_ref: i32 [B,K,L], steps that compare segments, or None.
+    lse_ref: f32 [B,K,L,2,ROWS].
+    scratch: shared memory and barriers, as `tile_forward` lists them.
+    shape: (K, G, H).
+    programs: of the grid.
+    scale: of the logits.
+    visible: Visibility.
+    interpret: GPU interpret mode parameters or None.
   """
   kv_heads, group, _ = shape
   tokens = tile_tokens(group)
   half = group // 2                         # heads of a warpgroup
-  per_step, stages = config.blocks_per_step, config.stages
-  keys = per_step * BLOCK
+  per_step, keys = BLOCKS_PER_STEP, BLOCKS_PER_STEP * BLOCK
   (q_smem, k_smem, v_smem, lse_smem, q_ready, q_free, k_ready, v_ready, k_free, v_free,
    turn) = scratch
   batches, _, tiles = lse_ref.shape[:3]
@@ -105,7 +107,7 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
     return at + (counts_ref[at],) + read_step(at, 0)
 
   def slot_of(step):
-    return lax.rem(step, jnp.int32(stages))
+    return lax.rem(step, jnp.int32(STAGES))
 
   @pl.when(wg < 2)
   def _consume():
@@ -128,55 +130,66 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
       base, batch, kv, tile, steps, *listed = carry
       at = batch, kv, tile
       token0 = tile * tokens
+      position0 = token0 + (visible.offset if offset_ref is None else offset_ref[batch])
       buffer = lax.rem(index, jnp.int32(2))
       following_tile = read_tile(index + 1)
       queries = q_smem.at[buffer, wg]
 
-      def run_step(step, carry, first=False):
-        acc, row_max, row_sum, listed = carry
+      def key_positions(block):
+        return iota(_FULL, (ROWS, BLOCK), 1) + block * BLOCK
+
+      def hide_positions(part, block):
+        """The scores of one block with those of invisible positions masked."""
+        position, key = token + position0, key_positions(block)
+        bound = jnp.minimum(position, visible.num_keys - 1) if visible.beyond else position
+        see = spread(bound) >= key
+        if visible.window is not None:
+          see &= spread(position) < key + visible.window
+        return jnp.where(see, part, MASKED)
+
+      def hide_segments(part, block):
+        """The scores of one block with those of other segments masked."""
+        mine = spread(compat.load(row_segment_ref.at[batch, tile], _ROW, interpret))
+        theirs = compat.load(
+          segment_ref.at[batch, pl.ds(block * BLOCK, BLOCK)], _COLUMN, interpret)
+        theirs = lax.broadcast_in_dim(theirs, (ROWS, BLOCK), (1,))
+        return jnp.where((mine == theirs) & (mine != 0), part, MASKED)
+
+      def run_step(step, carry, masked=False):
+        """One step; `masked`: the first one, and with segments others that compare them."""
+        acc, m, l, listed = carry
         slot = slot_of(base + step)
         following = read_step(at, jnp.minimum(step + 1, steps - 1))
         scores = scores_of(queries, slot)
         plgpu.barrier_arrive(k_free.at[slot])
-        parts, picked, new_max = [], [], row_max
-        for i in range(per_step):
-          part = scores[:, i * BLOCK:(i + 1) * BLOCK]
-          key0 = listed[i] * BLOCK
-          if first or window is not None or segment_ref is not None:
-            key = iota(_FULL, (ROWS, BLOCK), 1) + key0
-            visible = spread(token + token0) >= key
-            if window is not None:
-              visible &= spread(token + token0) < key + window
-            if segment_ref is not None:
-              key_segment = compat.load(
-                segment_ref.at[batch, pl.ds(key0, BLOCK)], _COLUMN, interpret)
-              row_segment = compat.load(row_segment_ref.at[batch, tile], _ROW, interpret)
-              key_segment = lax.broadcast_in_dim(key_segment, (ROWS, BLOCK), (1,))
-              row_segment = spread(row_segment)
-              visible &= (row_segment == key_segment) & (row_segment != 0)
-            part = jnp.where(visible, part, _MASKED)
-          word = splat(listed[per_step + i], _ROW)
-          bit = lax.bitwise_and(lax.shift_right_logical(word, token), jnp.ones_like(token))
-          parts.append(part)
-          picked.append(bit == 1)
-          high = part.max(axis=1) * (scale * _LOG2E)
-          new_max = jnp.maximum(new_max, jnp.where(picked[-1], high, _LOW))
-        shrink = jnp.exp2(row_max - new_max)
+        parts = tuple(scores[:, i * BLOCK:(i + 1) * BLOCK] for i in range(per_step))
+        if masked or visible.window is not None:
+          parts = tuple(map(hide_positions, parts, listed[:per_step]))
+        if masked and segment_ref is not None:
+          parts = tuple(map(hide_segments, parts, listed[:per_step]))
+        selected, m_new = [], m
+        for part, word in zip(parts, listed[per_step:], strict=True):
+          bit = lax.bitwise_and(
+            lax.shift_right_logical(splat(word, _ROW), token), jnp.ones_like(token))
+          selected.append(bit == 1)
+          m_part = part.max(axis=1) * (scale * LOG2E)
+          m_new = jnp.maximum(m_new, jnp.where(selected[-1], m_part, M_FLOOR))
+        alpha = jnp.exp2(m - m_new)
         weights = []
-        for part, pick in zip(parts, picked):
-          subtract = jnp.where(pick, new_max, -_MASKED)
-          weights.append(jnp.exp2(part * (scale * _LOG2E) - spread(subtract)))
-        row_sum = row_sum * shrink
-        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, (0,))
+        for part, is_selected in zip(parts, selected, strict=True):
+          subtract = jnp.where(is_selected, m_new, -MASKED)
+          weights.append(jnp.exp2(part * (scale * LOG2E) - spread(subtract)))
+        l = l * alpha
+        acc = acc * lax.broadcast_in_dim(alpha, acc.shape, (0,))
         low = [w.astype(q_ref.dtype) for w in weights]
         for w in weights:
-          row_sum = row_sum + w.sum(axis=1)
-        if first:                           # the last tile's output has left its buffer by now
-          @pl.when(index > 0)
+          l = l + w.sum(axis=1)
+        if masked:                          # the last tile's output has left its buffer by now
+          @pl.when((index > 0) & (step == 0))
           def _():
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free.at[(1 - buffer) * 2 + wg])
-        acc, row_sum, new_max, *low = lax.optimization_barrier((acc, row_sum, new_max, *low))
+        acc, l, m_new, *low = lax.optimization_barrier((acc, l, m_new, *low))
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(v_ready.at[slot])
         plgpu.barrier_wait(turn)
@@ -196,24 +209,29 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
 
         acc = add_values(acc) if interpret else pl.run_state(add_values)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(v_free.at[slot])
-        return acc, new_max, row_sum, following
+        return acc, m_new, l, following
 
       carry = (splat(jnp.float32(0), _FULL, (ROWS, q_smem.shape[-1])),
-               splat(jnp.float32(_LOW), _ROW), splat(jnp.float32(0), _ROW), tuple(listed))
+               splat(jnp.float32(M_FLOOR), _ROW), splat(jnp.float32(0), _ROW), tuple(listed))
       plgpu.barrier_wait(q_ready.at[buffer * 2 + wg])
       plgpu.barrier_wait(k_ready.at[slot_of(base)])
-      carry = run_step(jnp.int32(0), carry, first=True)
-      acc, row_max, row_sum, _ = lax.fori_loop(1, steps, run_step, carry)
+      run_masked = functools.partial(run_step, masked=True)
+      if segment_ref is None:
+        masked_steps, carry = 1, run_masked(jnp.int32(0), carry)
+      else:
+        masked_steps = masked_ref[at]
+        carry = lax.fori_loop(0, masked_steps, run_masked, carry)
+      acc, m, l, _ = lax.fori_loop(masked_steps, steps, run_step, carry)
       sink = compat.load(sink_ref.at[kv, wg], _ROW, interpret)
-      new_max = jnp.maximum(row_max, sink)
-      shrink = jnp.exp2(row_max - new_max)
-      row_max, row_sum = new_max, row_sum * shrink + jnp.exp2(sink - new_max)
-      some = row_sum > 0
-      inverse = jnp.where(some, shrink / jnp.where(some, row_sum, 1.0), 0.0)
+      m_new = jnp.maximum(m, sink)
+      alpha = jnp.exp2(m - m_new)
+      l = l * alpha + jnp.exp2(sink - m_new)
+      some = l > 0
+      inverse = jnp.where(some, alpha / jnp.where(some, l, 1.0), 0.0)
       acc = acc * lax.broadcast_in_dim(inverse, acc.shape, (0,))
-      lse = row_max + jnp.log(jnp.where(some, row_sum, 1.0)) * _LOG2E
+      lse = m_new * LN2 + jnp.log(jnp.where(some, l, 1.0))
       q_smem[buffer, wg] = acc.astype(q_ref.dtype)
-      lse_smem[wg] = jnp.where(some, lse, _MASKED)
+      lse_smem[wg] = jnp.where(some, lse, EMPTY_LSE)
       plgpu.commit_smem()
       for g in range(half):
         plgpu.copy_smem_to_gmem(
@@ -251,12 +269,13 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
         following = read_step(at, jnp.minimum(step + 1, steps - 1))
         for gmem, smem, ready, free in ((k_ref, k_smem, k_ready, k_free),
                                         (v_ref, v_smem, v_ready, v_free)):
-          @pl.when(base + step >= stages)
+          @pl.when(base + step >= STAGES)
           def _(free=free):
             plgpu.barrier_wait(free.at[slot])
           for i in range(per_step):
-            plgpu.copy_gmem_to_smem(gmem.at[batch, pl.ds(listed[i] * BLOCK, BLOCK), kv],
-                                    smem.at[slot, pl.ds(i * BLOCK, BLOCK)], ready.at[slot])
+            plgpu.copy_gmem_to_smem(
+              gmem.at[batch, pl.ds(listed[i] * BLOCK, BLOCK), kv],
+              smem.at[slot, pl.ds(i * BLOCK, BLOCK)], ready.at[slot])
         return following
 
       lax.fori_loop(0, steps, load, tuple(listed))
@@ -264,7 +283,7 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
 
     total, *_ = lax.fori_loop(
       0, rounds, load_tile, (jnp.int32(0),) + read_tile(jnp.int32(0)))
-    for slot in range(stages):              # see every load consumed before the program ends
+    for slot in range(STAGES):              # see every load consumed before the program ends
       @pl.when(slot < total)
       def _(slot=slot):
         plgpu.barrier_wait(k_free.at[slot])
@@ -276,53 +295,64 @@ def _union_kernel(q_ref, k_ref, v_ref, blocks_ref, words_ref, counts_ref, order_
         plgpu.barrier_wait(q_free.at[lax.rem(rounds, jnp.int32(2)) * 2 + half_index])
 
 
-def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, window=None, config=None,
-                  interpret=None):
-  """Attention over the hot picks of `plan`, and of those keys over the last `window` only.
+def tile_forward(q, k, v, plan, visible, *, scale, sinks, programs=PROGRAMS, interpret=None):
+  """Attention over the hot selections of `plan`.
 
-  q [B,T,N,H], k, v [B,T,K,H] bf16 or f16, H 64 or 128, N / K in {4, 8, 16}; sinks f32 [N] join
-  the denominator -> out [B,T,N,H] (0 where a row sees no hot key), lse f32 [B,T,N] in base 2
-  (-1e30 there). `interpret`: compat.InterpretGPUParams() to run on CPU.
+  Args:
+    q: [B,T,N,H] bfloat16 or float16, T a multiple of 64, H 64 or 128, N / K in {4, 8, 16}.
+    k: [B,S,K,H], S a multiple of 64.
+    v: [B,S,K,H].
+    plan: SelectionPlan whose tiles are `tile_tokens` long.
+    visible: Visibility.
+    scale: of the logits.
+    sinks: f32 [N] or None: they join the denominator.
+    programs: of the grid.
+    interpret: compat.InterpretGPUParams() to run on CPU.
+
+  Returns:
+    out [B,T,N,H], 0 where a row sees no hot key, and its natural lse f32 [B,T,N], `EMPTY_LSE` where
+    there is no sink either.
   """
-  config = config or UnionConfig()
   b, t, n, h = q.shape
   kv_heads = k.shape[2]
   group = n // kv_heads
   tokens = tile_tokens(group)
   tiles = t // tokens
-  if plan.config.tile_tokens != tokens or plan.config.list_multiple != config.blocks_per_step:
+  if (plan.config.tile_tokens, plan.config.list_multiple) != (tokens, BLOCKS_PER_STEP):
     raise ValueError(f"plan: got tiles of {plan.config.tile_tokens} tokens in steps of "
-                     f"{plan.config.list_multiple} blocks, want {tokens} and "
-                     f"{config.blocks_per_step}")
-  sink_rows = jnp.full((n,), -jnp.inf, jnp.float32) if sinks is None else sinks * _LOG2E
+                     f"{plan.config.list_multiple} blocks, want {tokens} and {BLOCKS_PER_STEP}")
+  sink_rows = jnp.full((n,), -jnp.inf, jnp.float32) if sinks is None else sinks * LOG2E
   sink_rows = jnp.repeat(sink_rows.astype(jnp.float32), tokens).reshape(kv_heads, 2, ROWS)
-  segments = ()
-  if segment_ids is not None:
-    row_segments = jnp.tile(segment_ids.reshape(b, tiles, 1, tokens), (1, 1, group // 2, 1))
-    segments = (segment_ids, row_segments.reshape(b, tiles, ROWS))
-  tiled = () if interpret else (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-  keys = config.blocks_per_step * BLOCK
-  loads = config.blocks_per_step
-  programs = min(config.programs, b * kv_heads * tiles)
+  extra = {}
+  if visible.offsets is not None:
+    extra["offset_ref"] = visible.offsets
+  if visible.segment_ids is not None:
+    row_segments = jnp.tile(
+      visible.segment_ids.reshape(b, tiles, 1, tokens), (1, 1, group // 2, 1))
+    extra["segment_ref"] = visible.kv_segment_ids
+    extra["row_segment_ref"] = row_segments.reshape(b, tiles, ROWS)
+    extra["masked_ref"] = visible.masked_steps(plan)
+  keys = BLOCKS_PER_STEP * BLOCK
+  programs = min(programs, b * kv_heads * tiles)
   scratch = (
-    plgpu.SMEM((2, 2, ROWS, h), q.dtype, transforms=tiled),
-    plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
-    plgpu.SMEM((config.stages, keys, h), q.dtype, transforms=tiled),
+    hopper.swizzled((2, 2, ROWS, h), q.dtype, interpret),
+    hopper.swizzled((STAGES, keys, h), q.dtype, interpret),
+    hopper.swizzled((STAGES, keys, h), q.dtype, interpret),
     plgpu.SMEM((2, ROWS), jnp.float32),
     plgpu.Barrier(num_arrivals=group // 2, num_barriers=4),
     plgpu.Barrier(num_arrivals=1, num_barriers=4),
-    plgpu.Barrier(num_arrivals=loads, num_barriers=config.stages),
-    plgpu.Barrier(num_arrivals=loads, num_barriers=config.stages),
-    plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-    plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+    plgpu.Barrier(num_arrivals=BLOCKS_PER_STEP, num_barriers=STAGES),
+    plgpu.Barrier(num_arrivals=BLOCKS_PER_STEP, num_barriers=STAGES),
+    plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+    plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
     plgpu.Barrier(num_arrivals=2))
 
   def body(*refs):
-    inputs, rest = refs[:8], refs[8 + len(segments):]
-    segment_refs = refs[8:8 + len(segments)] or (None, None)
-    _union_kernel(*inputs, *segment_refs, *rest[:2], rest[2:], shape=(kv_heads, group, h),
-                  config=config, programs=programs, scale=scale, window=window,
-                  interpret=interpret)
+    inputs, rest = refs[:8], refs[8 + len(extra):]
+    given = dict.fromkeys(("offset_ref", "segment_ref", "row_segment_ref", "masked_ref"))
+    given |= zip(extra, refs[8:])
+    _tile_kernel(*inputs, *given.values(), *rest[:2], rest[2:], shape=(kv_heads, group, h),
+                 programs=programs, scale=scale, visible=visible, interpret=interpret)
 
   out, lse = compat.mosaic_gpu_kernel(
     body,
@@ -330,6 +360,6 @@ def union_forward(q, k, v, plan, *, scale, sinks=None, segment_ids=None, window=
          jax.ShapeDtypeStruct((b, kv_heads, tiles, 2, ROWS), jnp.float32)),
     scratch=scratch, interpret=interpret, grid=(programs,),
     grid_names=("program",), num_threads=3, thread_name="wg",
-  )(q, k, v, plan.blocks, plan.words, plan.counts, plan.order, sink_rows, *segments)
+  )(q, k, v, plan.blocks, plan.words, plan.counts, plan.order, sink_rows, *extra.values())
   lse = lse.reshape(b, kv_heads, tiles, group, tokens).transpose(0, 2, 4, 1, 3)
   return out, lse.reshape(b, t, n)

@@ -8,8 +8,6 @@ A new score must be strictly larger to pass an old one, so ties keep the lower b
 is T minor, so a warp reads 32 neighbouring tokens in one 128-byte line.
 """
 
-import dataclasses
-
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -17,26 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import compat
+from pallas_kernels.oracle_attention.gpu.tile_ranges import BEGIN, END, TILE
+from pallas_kernels.softmax import EMPTY_LSE
 
-BLOCK = 64
-TILE_T = 128
+TILE_BLOCKS = 2          # key blocks in a key tile, loaded together before their insertion
 ABSENT = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True)
-class SelectTiles:
-  """Work per CTA of the selection kernel.
-
-  Attributes:
-    blocks: key blocks loaded ahead of their insertion, an even number (a 128-token tile always
-      ends on one): more loads in flight.
-  """
-
-  blocks: int = 2
-
-  def __post_init__(self):
-    if self.blocks != 2:
-      raise ValueError(f"blocks: got {self.blocks}, wanted 2")
 
 
 def ascending_network(n: int):
@@ -53,64 +36,57 @@ def ascending_network(n: int):
     p *= 2
 
 
-def select(
-  block_max: jax.Array,
-  lse: jax.Array,
-  *,
-  kv_heads: int,
-  num_blocks: int,
-  scale: float,
-  offset: jax.Array | None = None,
-  first: jax.Array | None = None,
-  tiles: SelectTiles = SelectTiles(),
-  interpret=None,
-):
-  """Picks the best blocks from what `mosaic_gpu_forward.forward` wrote for one chunk of queries.
+def select(block_max, lse, key_ranges, q_start, *, kv_heads, num_blocks, scale, interpret):
+  """Picks the best blocks from what `forward.forward` wrote for one launch of queries.
 
   Args:
-    block_max: f32 [B, N, C, T], unscaled; -inf where a block has no visible key.
-    lse: f32 [B, N, T].
+    block_max: f32 [B, N, C, R], unscaled; -inf where a block has no visible key.
+    lse: f32 [B, N, R], -inf for a row that sees no key.
+    key_ranges: i32 [B, T'/128, 4], the key tiles that `block_max` is defined for.
+    q_start: i32 [1], the first of the R query rows, a multiple of 128.
     kv_heads: K; N/K consecutive heads share one selection.
     num_blocks: P, a power of two.
-    scale: what the logits are multiplied by.
-    offset: i32 [1], position of the first query; None is 0.
-    first: i32 [B, tiles]: first 128-key tile that any query of a 128-query tile visits; None is 0.
-    tiles: work per CTA.
+    scale: multiplies the logits.
     interpret: GPU interpret mode parameters, or None to compile.
 
   Returns:
-    i32 [B, K, P, T], ascending along P, -1 at the end where fewer blocks are visible.
+    i32 [B, K, P, R], ascending along P, -1 at the end where fewer blocks are visible.
   """
-  B, N, _, T = block_max.shape
+  B, N, _, R = block_max.shape
   P, K = num_blocks, kv_heads
   G = N // K
-  num_tiles = T // TILE_T
+  num_tiles = R // TILE
   i32 = lambda x: jnp.asarray(x, jnp.int32)
-  layout = plgpu.Layout.WG_STRIDED((TILE_T,), 1)
-  splat = lambda x, dtype: compat.cast(jnp.full((TILE_T,), x, dtype), layout, interpret)
-  operands = [block_max, lse]
-  operands += [x for x in (offset, first) if x is not None]
+  layout = plgpu.Layout.WG_STRIDED((TILE,), 1)
+  splat = lambda x, dtype: compat.cast(jnp.full((TILE,), x, dtype), layout, interpret)
 
-  def body(*refs):
-    max_ref, lse_ref, *rest = refs
-    offset_ref = rest.pop(0) if offset is not None else None
-    first_ref = rest.pop(0) if first is not None else None
-    (out_ref,) = rest
+  def body(
+    max_ref,      # f32 [B, N, C, R]
+    lse_ref,      # f32 [B, N, R]
+    ranges_ref,   # i32 [B, T'/128, 4]
+    start_ref,    # i32 [1]
+    out_ref,      # i32 [B, K, P, R]
+  ):
     cta = lax.axis_index("cta")
     kv_head = lax.rem(cta, i32(K))
     b = lax.rem(lax.div(cta, i32(K)), i32(B))
     t = num_tiles - 1 - lax.div(cta, i32(K * B))  # long rows first
-    tokens = pl.ds(t * TILE_T, TILE_T)
-    diagonal = t if offset_ref is None else t + lax.div(offset_ref[0], i32(TILE_T))
-    start = i32(0) if first_ref is None else first_ref[b, diagonal]
+    tokens = pl.ds(t * TILE, TILE)
+    q_tile = lax.div(start_ref[0], i32(TILE)) + t
     read = lambda ref: compat.load(ref, layout, interpret)
-    lses = [read(lse_ref.at[b, kv_head * G + g, tokens]) for g in range(G)]
 
-    def visit(i, carry):
+    def row_lse(head):
+      """The row's lse, +inf where it sees no key: its scores are then -inf."""
+      lse = read(lse_ref.at[b, head, tokens])
+      return jnp.where(lse == EMPTY_LSE, jnp.inf, lse)
+
+    lses = [row_lse(kv_head * G + g) for g in range(G)]
+
+    def visit(tile, carry):
       values, blocks = carry
       scores = []
-      for e in range(tiles.blocks):
-        c = i * tiles.blocks + e
+      for e in range(TILE_BLOCKS):
+        c = tile * TILE_BLOCKS + e
         score = None
         for g in range(G):
           x = read(max_ref.at[b, kv_head * G + g, c, tokens]) * scale - lses[g]
@@ -118,8 +94,7 @@ def select(
         scores.append((c, score))
       for c, x in scores:
         passes = [x > v for v in values]
-        c_all = lax.broadcast_in_dim(c, (TILE_T,), ())
-        c_all = compat.cast(c_all, layout, interpret)
+        c_all = compat.cast(lax.broadcast_in_dim(c, (TILE,), ()), layout, interpret)
         new_values = [jnp.maximum(values[0], x)]
         new_blocks = [jnp.where(passes[0], c_all, blocks[0])]
         for i in range(1, P):
@@ -131,7 +106,8 @@ def select(
 
     values = [splat(-jnp.inf, jnp.float32) for _ in range(P)]
     blocks = [splat(ABSENT, jnp.int32) for _ in range(P)]
-    _, blocks = lax.fori_loop(start, diagonal + 1, visit, (values, blocks))
+    begin, end = ranges_ref[b, q_tile, BEGIN], ranges_ref[b, q_tile, END]
+    _, blocks = lax.fori_loop(begin, end, visit, (values, blocks))
     for lo, hi in ascending_network(P):
       blocks[lo], blocks[hi] = (
         jnp.minimum(blocks[lo], blocks[hi]),
@@ -140,9 +116,9 @@ def select(
     for i, x in enumerate(blocks):
       out_ref[b, kv_head, i, tokens] = jnp.where(x == ABSENT, -1, x)
 
-  return compat.mosaic_gpu_kernel(
+  kernel = compat.mosaic_gpu_kernel(
     body,
-    out=jax.ShapeDtypeStruct((B, K, P, T), jnp.int32),
+    out=jax.ShapeDtypeStruct((B, K, P, R), jnp.int32),
     scratch=[],
     grid=(B * K * num_tiles,),
     grid_names=("cta",),
@@ -150,4 +126,5 @@ def select(
     thread_name="wg",
     compiler_options={"unsafe_no_auto_barriers": not interpret},
     interpret=interpret,
-  )(*operands)
+  )
+  return kernel(block_max, lse, key_ranges, q_start)

@@ -1,4 +1,4 @@
-"""`hybrid_sparse_attention`: the gated sum of two float64 loops, values and gradients."""
+"""`sparse_layer_attention`: the gated sum of two float64 loops, values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tests import float64_loops as loops
 from tests.attention_inputs import jitted, normal, packed_segments, qkv, random_blocks
 from tests.tolerances import assert_close
 
-hybrid_sparse_attention = jitted(pallas_kernels.hybrid_sparse_attention)
+sparse_layer_attention = jitted(pallas_kernels.sparse_layer_attention)
 
 
 def inputs(s, seed, dtype="float32"):
@@ -38,7 +38,7 @@ def test_values(name, gates):
            "per_head": (s.batch, s.tokens, s.num_heads, 1), "one": (1, 1, 1, 1)}[gates]
   gate_sparse, gate_local = jax.nn.sigmoid(normal(7, *shape)), jax.nn.sigmoid(normal(8, *shape))
   sinks = (normal(9, s.num_heads), normal(10, s.num_heads))
-  out = hybrid_sparse_attention(
+  out = sparse_layer_attention(
     q, k, v, jnp.asarray(blocks), k_local, v_local, gate_sparse, gate_local, *sinks,
     block_size=s.block_size, window=s.window)
   sparse, local, _, _ = branches(s, q, k, v, blocks, k_local, v_local, sinks, None)
@@ -50,7 +50,7 @@ def test_half_precision_is_rounded_once():
   s = SHAPES["small"]
   q, k, v, blocks, k_local, v_local = inputs(s, 2, "bfloat16")
   gate = jax.nn.sigmoid(normal(7, 1, s.tokens, s.num_heads, 1, dtype="bfloat16"))
-  out = hybrid_sparse_attention(
+  out = sparse_layer_attention(
     q, k, v, jnp.asarray(blocks), k_local, v_local, gate, 1 - gate, block_size=s.block_size,
     window=s.window)
   sparse, local, _, _ = branches(s, q, k, v, blocks, k_local, v_local, (None, None), None)
@@ -70,7 +70,7 @@ def test_gradients(per_head):
   cotangent = normal(11, s.batch, s.tokens, s.num_heads, s.v_dim)
 
   def loss(q, k, v, k_local, v_local, gate_sparse, gate_local, sinks_sparse, sinks_local):
-    out = hybrid_sparse_attention(
+    out = sparse_layer_attention(
       q, k, v, jnp.asarray(blocks), k_local, v_local, gate_sparse, gate_local, sinks_sparse,
       sinks_local, block_size=s.block_size, window=s.window, segment_ids=jnp.asarray(segments))
     return (out * cotangent).sum()
@@ -104,5 +104,5 @@ def test_bad_input_is_one_clear_line(change, message):
                    gate_sparse=jnp.zeros((1, 1, 1, 1)),
                    gate_local=jnp.zeros((1, 1, 1, 1))) | change
   with pytest.raises(ValueError) as error:
-    pallas_kernels.hybrid_sparse_attention(**arguments)
+    pallas_kernels.sparse_layer_attention(**arguments)
   assert message in str(error.value) and "\n" not in str(error.value)
