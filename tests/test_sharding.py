@@ -4,6 +4,7 @@ import functools
 import inspect
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -110,7 +111,7 @@ def test_a_mixed_pattern_on_a_mesh_equals_one_device():
 
 def test_a_mixed_pattern_decodes_on_a_mesh_as_on_one_device():
   cfg = config.override(load("tiny", "hysparse"), *MIXED)
-  net, tokens = weights_of(cfg), batch_of(cfg).tokens[:4, :41]
+  net, tokens = jax.tree.map(jnp.asarray, weights_of(cfg)), batch_of(cfg).tokens[:4, :41]
   expected = np.asarray(net(tokens))
   mesh = mesh_of(MESHES["mixed"])
   cache = net.init_cache(4, 48)
