@@ -96,6 +96,11 @@ ROW_TOLERANCES = {
   # float16 matrix units: 11 bits instead of 8, an eighth of the error.
   "attention_rows_f16": (5e-4, 1.3e-3, 1.3e-4),
   "attention_grad_rows_f16": (6.3e-4, 1.3e-3, 6.3e-4),
+  # The same over 100 random shapes, some of few tokens, where dq of a query with 2 or 3 keys is
+  # a difference of large terms: the saved output's rounding alone (delta = out . dout) gives 6.6e-4
+  # of the leaf's maximum, emulated in float32 with float16 results at 72 tokens.
+  "attention_grad_rows_any_shape_bf16": (5e-3, 1e-2, 1e-2),
+  "attention_grad_rows_any_shape_f16": (6.3e-4, 1.3e-3, 1.3e-3),
 }
 
 
