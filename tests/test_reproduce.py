@@ -140,7 +140,7 @@ def test_verdict_numbers_by_hand():
 
 @pytest.mark.parametrize("number", range(len(preset("smoke").pieces)))
 def test_every_model_of_the_smoke_preset_takes_a_step(number):
-  """Traced, not run: the smoke test trains two of them, test_model.py compares what they compute."""
+  """Traced, not run: the smoke test trains two, test_model.py compares what they compute."""
   (run,) = preset("smoke").pieces[number].runs
   mesh = sharding.make_mesh(config.MeshConfig(fsdp=1), jax.devices()[:1])
   program = train_step.build(run.cfg, mesh)
