@@ -17,11 +17,11 @@ INTERPRET = tpu.interpret_params()
 TWO_CORES = tpu.interpret_params(cores=2)      # as a v5p has
 
 
-def small_tiles(monkeypatch, queries=128, keys=128, chunk=256, heads=2):
+def small_tiles(monkeypatch, block_q=128, block_kv=128, chunk=256, heads=2):
   """Makes short sequences span several tiles, chunks and parts of a group."""
-  monkeypatch.setattr(tpu_attention, "LARGEST_FORWARD", ForwardTiles(queries, keys, heads, keys))
+  monkeypatch.setattr(tpu_attention, "LARGEST_FORWARD", ForwardTiles(block_q, block_kv, heads, block_kv))
   monkeypatch.setattr(tpu_attention, "LARGEST_BACKWARD",
-                      BackwardTiles(queries, queries, chunk, heads))
+                      BackwardTiles(block_q, block_q, chunk, heads))
 
 
 @pytest.fixture(autouse=True)
