@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels.block_sparse_attention.tpu import op as sparse_tpu
 from pallas_kernels.oracle_attention.tpu import op as oracle_tpu
 from pallas_kernels.sliding_window_attention.tpu import op as window_tpu
-from pallas_kernels.sparse_layer_attention.tpu import op as hybrid_tpu
+from pallas_kernels.sparse_layer_attention.tpu import op as layer_tpu
 
 
 def _qkv(shape, dtype):
@@ -23,9 +23,10 @@ def _qkv(shape, dtype):
 
 
 def _oracle(shape, dtype, num_blocks=None):
-  def op(q, k, v, segment_ids=None):
+  def op(q, k, v, segment_ids=None, query_offset=0):
     return oracle_tpu.oracle_attention(
-      q, k, v, block_size=shape.block_size, segment_ids=segment_ids,
+      q, k, v, block_size=shape.block_size, segment_ids=segment_ids, kv_segment_ids=segment_ids,
+      query_offset=query_offset,
       num_blocks=shape.num_blocks if num_blocks is None else num_blocks,
       scale=shape.head_dim ** -0.5)
   return op, _qkv(shape, dtype)
@@ -35,7 +36,7 @@ def _window(shape, dtype):
   def op(q, k, v, sinks, segment_ids=None):
     return window_tpu.sliding_window_attention(
       q, k, v, window=shape.window, sinks=sinks, segment_ids=segment_ids,
-      scale=shape.head_dim ** -0.5)
+      kv_segment_ids=segment_ids, scale=shape.head_dim ** -0.5)
   return op, (*_qkv(shape, dtype), jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32))
 
 
@@ -56,19 +57,20 @@ def _block_sparse(shape, dtype, dense=None):
     indices, plan = picks(shape)
     return sparse_tpu.block_sparse_attention(
       q, k, v, indices, block_size=shape.block_size, sinks=sinks, segment_ids=segment_ids,
-      plan=plan, options=sparse_tpu.Options(dense=dense))
+      kv_segment_ids=segment_ids, plan=plan, options=sparse_tpu.Options(dense=dense))
   return op, (*_qkv(shape, dtype), _sinks(shape))
 
 
-def _hybrid(shape, dtype, dense=None):
+def _sparse_layer(shape, dtype, dense=None):
   """Elementwise gates, and sinks in both branches."""
   def op(q, k, v, k_local, v_local, gate_sparse, gate_local, sinks_sparse, sinks_local,
          segment_ids=None):
     indices, plan = picks(shape)
-    return hybrid_tpu.hybrid_sparse_attention(
+    return layer_tpu.sparse_layer_attention(
       q, k, v, indices, k_local, v_local, gate_sparse, gate_local, sinks_sparse=sinks_sparse,
       sinks_local=sinks_local, block_size=shape.block_size, window=shape.window,
-      segment_ids=segment_ids, plan=plan, options=sparse_tpu.Options(dense=dense))
+      segment_ids=segment_ids, kv_segment_ids=segment_ids, local_kv_segment_ids=segment_ids,
+      plan=plan, options=sparse_tpu.Options(dense=dense))
   q, k, v = _qkv(shape, dtype)
   gate = jax.ShapeDtypeStruct((*q.shape[:3], shape.v_dim), dtype)
   return op, (q, k, v, k, v, gate, gate, _sinks(shape), _sinks(shape))
@@ -108,8 +110,8 @@ CASES = {
   "block_sparse_attention": _block_sparse,
   "block_sparse_attention_dense": functools.partial(_block_sparse, dense=True),
   "block_sparse_plan": _block_sparse_plan,
-  "hybrid_sparse_attention": _hybrid,
-  "hybrid_sparse_attention_lists": functools.partial(_hybrid, dense=False),
+  "sparse_layer_attention": _sparse_layer,
+  "sparse_layer_attention_lists": functools.partial(_sparse_layer, dense=False),
   "splash_attention": _splash,
 }
 
@@ -137,7 +139,7 @@ def _run(op, shape, which, dtype, segmented, *arrays):
   run = CASES[op](shape, jnp.dtype(dtype))[0]
   if segmented:
     *arrays, segment_ids = arrays
-    run = functools.partial(run, segment_ids=segment_ids)
+    run = functools.partial(run, segment_ids=segment_ids, kv_segment_ids=segment_ids)
   if which == "fwd":
     return run(*arrays)
   out, pullback = jax.vjp(run, *arrays[:-1])

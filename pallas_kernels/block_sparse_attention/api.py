@@ -18,15 +18,18 @@ def _triton(*args, **options):
   return gpu.block_sparse_attention(*args, hot_threshold=_ONLY_TRITON, **options)
 
 
-def _plan_gpu(block_indices, group, block_size, hot_threshold=None):
+def _plan_gpu(block_indices, group, block_size, num_keys, query_offset, hot_threshold=None):
   from pallas_kernels.block_sparse_attention.gpu import op as gpu
+  checks.queries_are_keys("plan_blocks", query_offset, None, None,
+                          (block_indices.shape[2], num_keys))
   gpu.check_picks("plan_blocks", block_indices, block_size)
   return gpu.make_plan(block_indices, group, hot_threshold)
 
 
-def _plan_tpu(block_indices, group, block_size):
+def _plan_tpu(block_indices, group, block_size, num_keys, query_offset):
   from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
-  return mosaic_tpu.make_plan(block_indices, group, block_size=block_size)
+  return mosaic_tpu.make_plan(block_indices, group, block_size=block_size, num_keys=num_keys,
+                              query_offset=query_offset)
 
 
 _AVAILABLE = {"reference": _reference,
@@ -67,8 +70,11 @@ def plan_blocks(block_indices, *, num_heads, num_keys=None, block_size=64, query
   checks.check_shape(op, "block_indices", block_indices, "BKTP", sizes, ("int32",))
   checks.check_heads(op, sizes)
   checks.check_at_least(op, 1, block_size=block_size)
+  num_keys = sizes["T"] if num_keys is None else num_keys
+  checks.check_at_least(op, 1, num_keys=num_keys)
+  query_offset = checks.check_offset(op, "query_offset", query_offset, sizes)
   plan = implementations.pick(op, implementation, _PLANS, _BY_PLATFORM)
-  return plan(block_indices, num_heads // sizes["K"], block_size)
+  return plan(block_indices, num_heads // sizes["K"], block_size, num_keys, query_offset)
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
