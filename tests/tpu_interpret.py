@@ -19,7 +19,8 @@ TWO_CORES = tpu.interpret_params(cores=2)      # as a v5p has
 
 def small_tiles(monkeypatch, block_q=128, block_kv=128, chunk=256, heads=2):
   """Makes short sequences span several tiles, chunks and parts of a group."""
-  monkeypatch.setattr(tpu_attention, "LARGEST_FORWARD", ForwardTiles(block_q, block_kv, heads, block_kv))
+  monkeypatch.setattr(tpu_attention, "LARGEST_FORWARD",
+                      ForwardTiles(block_q, block_kv, heads, block_kv))
   monkeypatch.setattr(tpu_attention, "LARGEST_BACKWARD",
                       BackwardTiles(block_q, block_q, chunk, heads))
 
@@ -51,8 +52,8 @@ def value_and_grads(op, inputs, cotangent):
 
 
 def assert_like_reference(got, want, dtype, grad=False):
-  """Elementwise for float32; in the Euclidean norm, of all rows and of the worst row, where q, k, v,
-  and so the weights, are bfloat16.
+  """Elementwise for float32; where q, k, v, and so the weights, are bfloat16, in the Euclidean norm
+  of the whole and of the worst row.
 
   Args:
     got: result or gradient of the kernel; want: of the reference in float32.
