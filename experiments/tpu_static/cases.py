@@ -40,11 +40,12 @@ def _window(shape, dtype):
   return op, (*_qkv(shape, dtype), jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32))
 
 
-def picks(shape):
+def picks(shape, num_keys=None, query_offset=0):
   """Block indices, and a plan of the right sizes that holds none: building one is XLA's work."""
   indices = jnp.zeros((shape.batch, shape.num_kv_heads, shape.tokens, shape.num_blocks), jnp.int32)
   make = functools.partial(sparse_tpu.make_plan, group=shape.num_heads // shape.num_kv_heads,
-                           block_size=shape.block_size)
+                           block_size=shape.block_size, num_keys=num_keys,
+                           query_offset=query_offset)
   return indices, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, indices))
 
 
@@ -110,8 +111,8 @@ CASES = {
   "block_sparse_attention": _block_sparse,
   "block_sparse_attention_dense": functools.partial(_block_sparse, dense=True),
   "block_sparse_plan": _block_sparse_plan,
-  "sparse_layer_attention": _sparse_layer,
-  "sparse_layer_attention_lists": functools.partial(_sparse_layer, dense=False),
+  "hybrid_sparse_attention": _sparse_layer,
+  "hybrid_sparse_attention_lists": functools.partial(_sparse_layer, dense=False),
   "splash_attention": _splash,
 }
 
@@ -147,3 +148,49 @@ def _run(op, shape, which, dtype, segmented, *arrays):
     return out, pullback(arrays[-1])
   nothing = [np.zeros(x.shape, jax.dtypes.float0) for x in out[1:]]      # of indices
   return out, pullback((arrays[-1], *nothing))
+
+
+def range_case(op, shape, num_keys, dtype="bfloat16"):
+  """A range of the queries, at traced offsets, over more keys, with its gradients, as `case`.
+
+  Args:
+    op: "oracle_attention", "sliding_window_attention", "block_sparse_attention" or
+      "hybrid_sparse_attention_lists".
+    shape: `named_shapes.AttentionShape` of the queries: `tokens` of each row.
+    num_keys: S.
+    dtype: of q, k and v.
+  """
+  q, k, v = _qkv(shape, jnp.dtype(dtype))
+  wide = lambda x: jax.ShapeDtypeStruct((x.shape[0], num_keys, *x.shape[2:]), x.dtype)
+  k, v = wide(k), wide(v)
+  offsets = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
+  dout = jax.ShapeDtypeStruct((*q.shape[:3], shape.v_dim), q.dtype)
+  local = (k, v) if op.startswith("hybrid") else ()
+  return functools.partial(_run_range, op, shape, num_keys), (q, k, v, *local, dout, offsets)
+
+
+def _run_range(op, shape, num_keys, *arrays):
+  *arrays, dout, offsets = arrays
+  indices, plan = picks(shape, num_keys, offsets)
+  options = sparse_tpu.Options(dense=False)
+  scale = shape.head_dim ** -0.5
+
+  def run(q, k, v, *local):
+    if op == "oracle_attention":
+      return oracle_tpu.oracle_attention(
+        q, k, v, block_size=shape.block_size, num_blocks=shape.num_blocks, segment_ids=None,
+        scale=scale, query_offset=offsets)[0]
+    if op == "sliding_window_attention":
+      return window_tpu.sliding_window_attention(
+        q, k, v, window=shape.window, sinks=None, segment_ids=None, scale=scale,
+        query_offset=offsets)
+    if op == "block_sparse_attention":
+      return sparse_tpu.block_sparse_attention(
+        q, k, v, indices, block_size=shape.block_size, query_offset=offsets, scale=scale,
+        plan=plan, options=options)
+    return layer_tpu.sparse_layer_attention(
+      q, k, v, indices, *local, None, None, block_size=shape.block_size, window=shape.window,
+      query_offset=offsets, local_query_offset=offsets, scale=scale, plan=plan, options=options)
+
+  out, pullback = jax.vjp(run, *arrays)
+  return out, pullback(dout)

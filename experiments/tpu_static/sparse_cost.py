@@ -100,7 +100,7 @@ def rows(op, shape_name, generation, which, names=None):
   """Compiles the list kernel for one shape and generation and counts it, for several selections.
 
   Args:
-    op: "block_sparse_attention", or "sparse_layer_attention", whose forward is the same kernel
+    op: "block_sparse_attention", or "hybrid_sparse_attention", whose forward is the same kernel
       with both branches' ends (its backward is this op's kernel and the sliding window's).
     shape_name: a key of `named_shapes.PAPER`.
     generation: a key of `tpu.GENERATIONS`.
@@ -117,11 +117,11 @@ def rows(op, shape_name, generation, which, names=None):
   Raises:
     ValueError: another op or pass.
   """
-  layer = op == "sparse_layer_attention"
+  layer = op == "hybrid_sparse_attention"
   if not layer and op != "block_sparse_attention":
-    raise ValueError(f"op: got {op!r}, want 'block_sparse_attention' or 'sparse_layer_attention'")
+    raise ValueError(f"op: got {op!r}, want 'block_sparse_attention' or 'hybrid_sparse_attention'")
   if layer and which != "fwd":
-    raise ValueError("sparse_layer_attention: only its forward pass is one kernel")
+    raise ValueError("hybrid_sparse_attention: only its forward pass is one kernel")
   shape, facts = PAPER[shape_name], tpu.GENERATIONS[generation]
   if names is None:
     names = ("trace", "walk r=1") if shape.tokens == 32_768 else ("walk r=1",)
@@ -130,7 +130,7 @@ def rows(op, shape_name, generation, which, names=None):
   together = math.gcd(config.tiles_per_program, layer_tpu.WindowEpilogue.together) if layer else 1
   kernel, matmuls = _KERNELS[which]
   if layer:
-    case = tpu_cases.case("sparse_layer_attention_lists", shape, "fwd")
+    case = tpu_cases.case("hybrid_sparse_attention_lists", shape, "fwd")
   else:
     case = functools.partial(_run, shape, which), _arrays(shape)
   directory, memory = tpu_static.dump(generation, case[0], *case[1])
