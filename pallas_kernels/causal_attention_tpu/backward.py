@@ -24,7 +24,7 @@ from pallas_kernels.causal_attention_tpu.forward import (
   FIRST,
   FREE,
   LAST,
-  POSITION,
+  first_position,
   tile_bounds,
   visible,
 )
@@ -101,8 +101,9 @@ def backward(q, k, v, out, lse, grad_out, *, num_keys, query_offset, offsets, ma
                                                 or tiles.chunk % tiles.block_q)
     steps = min(steps, (tiles.chunk + window - 2) // tiles.block_q + 1 + (not aligned))
   call = functools.partial(
-    _chunk, bounds, operands, tiles=tiles, steps=steps, scale=scale, window=window, num_kv_heads=K,
-    num_keys=num_keys if may_pass_end and num_keys < S else None, interpret=interpret)
+    _chunk, bounds, operands, tiles=tiles, query_offset=query_offset, steps=steps, scale=scale,
+    window=window, num_kv_heads=K, interpret=interpret,
+    num_keys=num_keys if may_pass_end and num_keys < S else None)
   if chunks == 1:      # every query tile comes by, for its dq to be written
     dq, dk, dv = call(jnp.zeros(1 + B, jnp.int32), None)
   else:
@@ -116,8 +117,8 @@ def backward(q, k, v, out, lse, grad_out, *, num_keys, query_offset, offsets, ma
   return dq.astype(q.dtype).reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape), delta
 
 
-def _chunk(bounds, operands, chunk, dq, *, tiles, steps, scale, window, num_kv_heads, num_keys,
-           interpret):
+def _chunk(bounds, operands, chunk, dq, *, tiles, query_offset, steps, scale, window, num_kv_heads,
+           num_keys, interpret):
   """dq (plus the given one), and dk, dv [B, chunk, K*H] of one key chunk.
 
   chunk: i32 [1+B], its number, and the first query tile that may see it in each row.
@@ -152,8 +153,9 @@ def _chunk(bounds, operands, chunk, dq, *, tiles, steps, scale, window, num_kv_h
   dk_spec = pl.BlockSpec((1, tiles.chunk, H), lambda b, h, s, i, bounds, chunk: (b, 0, h))
   dk_shape = jax.ShapeDtypeStruct((B, tiles.chunk, K * H), operands[1].dtype)
   return pl.pallas_call(
-    functools.partial(_kernel, tiles=tiles, scale=scale, window=window, num_tiles=num_tiles,
-                      num_keys=num_keys, segmented=segmented, add=dq is not None),
+    functools.partial(_kernel, tiles=tiles, query_offset=query_offset, scale=scale,
+                      window=window, num_tiles=num_tiles, num_keys=num_keys, segmented=segmented,
+                      add=dq is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2, grid=(B, K, parts, steps), in_specs=in_specs,
       out_specs=[heads_spec, dk_spec, dk_spec],
@@ -182,7 +184,7 @@ def _kernel(
     delta_ref,       # f32 [1, 1, 1, heads, block_q]
     *refs,           # segments i32 [1, 1, block_q] and [1, 1, chunk], dq so far [1, block_q,
                      # heads*H]; dq, dk and dv [1, chunk, H]; scratch
-    tiles, scale, window, num_tiles, num_keys, segmented, add):
+    tiles, query_offset, scale, window, num_tiles, num_keys, segmented, add):
   refs = list(refs)
   query_segments_ref, key_segments_ref = (refs.pop(0), refs.pop(0)) if segmented else (None, None)
   dq_in_ref = refs.pop(0) if add else None
@@ -191,6 +193,7 @@ def _kernel(
   b, _, part, step = (pl.program_id(a) for a in range(4))
   per_chunk = tiles.chunk // tiles.block_kv
   i = chunk_ref[1 + b] + step
+  position = first_position(bounds_ref, b, i, tiles, query_offset)
   lanes = lambda g: pl.ds(g * H if isinstance(g, int) else pl.multiple_of(g * H, H), H)
 
   @pl.when((part == 0) & (step == 0))
@@ -211,8 +214,8 @@ def _kernel(
         segments = (None, None)
         if segmented:
           segments = query_segments_ref[0], key_segments_ref[0, :, keys]
-        corner = bounds_ref[POSITION, b, i], j * tiles.block_kv
-        s = jnp.where(visible(*corner, s.shape, window, num_keys, *segments), s, MASKED)
+        keep = visible(position, j * tiles.block_kv, s.shape, window, num_keys, *segments)
+        s = jnp.where(keep, s, MASKED)
       p = jnp.exp2(s - lse_ref[0, 0, 0, row, :] * LOG2E)
       dv_s[keys, :] += dot(p.astype(grad.dtype), grad, (1, 0))
       ds = p * (dot(v, grad, (1, 1)) - delta_ref[0, 0, 0, row, :])

@@ -219,6 +219,13 @@ def _segment_tiles(segment_ids, kv_segment_ids, tiles):
   return (k_low <= q_high) & (q_low <= k_high), q_one & k_one & (q_low == k_low)
 
 
+def first_position(bounds_ref, b, i, tiles, query_offset):
+  """Key index of the first query of tile i: computed where the offset is known, else read."""
+  if query_offset is None:
+    return bounds_ref[POSITION, b, i]
+  return query_offset + i * tiles.block_q
+
+
 # jit, because a pallas_call by itself is never dropped when its results are not used, which under
 # jax.checkpoint would run the forward kernel again in the backward pass.
 @functools.partial(jax.jit, static_argnames=(
@@ -339,6 +346,7 @@ def _kernel(
   i, part, step = walk.at(pl.program_id(2), pl.program_id(3))
   first, last = bounds_ref[FIRST, b, i], bounds_ref[LAST, b, i]
   j = first + step
+  position = first_position(bounds_ref, b, i, tiles, walk.query_offset)
   lanes = lambda g: pl.ds(g * H if isinstance(g, int) else pl.multiple_of(g * H, H), H)
 
   @pl.when(step == 0)
@@ -360,8 +368,8 @@ def _kernel(
     segments = (None, None)
     if segmented:
       segments = query_segments_ref[0], key_segments_ref[0, :, keys]
-    corner = bounds_ref[POSITION, b, i], j * tiles.block_kv + keys.start
-    return jnp.where(visible(*corner, s.shape, window, num_keys, *segments), s, MASKED)
+    first_key = j * tiles.block_kv + keys.start
+    return jnp.where(visible(position, first_key, s.shape, window, num_keys, *segments), s, MASKED)
 
   def absorb(g, keys, s):
     """Takes the logits of some keys into block maxima, maximum, sum and output of a head."""
