@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.block_sparse_attention.tpu import backward as mosaic_tpu_backward
-from pallas_kernels.block_sparse_attention.tpu import forward as mosaic_tpu_forward
+from pallas_kernels.block_sparse_attention.tpu import backward as backward_kernel
+from pallas_kernels.block_sparse_attention.tpu import forward as forward_kernel
 from pallas_kernels.block_sparse_attention.tpu import plan as tpu_plan
 from pallas_kernels.block_sparse_attention.tpu import schedule
 from pallas_kernels.block_sparse_attention.tpu.schedule import LoopConfig
@@ -132,7 +132,7 @@ def segment_blocks(op, plan, key_bytes, program_bytes, options):
 def choose(plan, options, run):
   """run(plan, options), on `plan.dense()` where its unions are wide; see `Options.dense`.
 
-  The same picks always choose the same, so results stay the same bit for bit.
+  The same blocks always give the same choice, so results stay the same bit for bit.
   """
   options = options.loops_of(tpu_generation())
   wide = dataclasses.replace(options, forward=options.dense_forward,
@@ -219,7 +219,7 @@ class Layout:
 def run_forward(q, k, v, sinks, segment_ids, kv_segment_ids, scale, plan, options):
   """-> (out [B,T,N,E], log-sum-exp f32 [B,T,N], natural, -inf in a row that sees nothing)."""
   layout = Layout(_OP, plan, options.forward, options, q, k, v, segment_ids)
-  results = mosaic_tpu_forward.forward(
+  results = forward_kernel.forward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), plan, layout.config,
     segment_blocks=layout.segment_blocks, sinks=layout.sinks(sinks), segment_ids=segment_ids,
     kv_segment_ids=kv_segment_ids, interpret=options.interpret,
@@ -298,7 +298,7 @@ def run_backward(op, inputs, scale, plan, options):
   segment_ids = inputs["segment_ids"]
   layout = Layout(op, plan, options.backward, options, q, k, v, segment_ids, backward=True)
   delta = (inputs["out"].astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
-  dq, dk, dv = mosaic_tpu_backward.backward(
+  dq, dk, dv = backward_kernel.backward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), layout.rows(dout.astype(q.dtype)),
     layout.lanes(schedule.log2_lse(lse)), layout.lanes(delta), plan, layout.config, scale=scale,
     segment_blocks=layout.segment_blocks, segment_ids=segment_ids,

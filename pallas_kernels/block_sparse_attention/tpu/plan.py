@@ -80,7 +80,7 @@ class TilePlan:
             / jnp.maximum(self.causal_blocks().astype(jnp.float32).sum(), 1.0))
 
   def dense(self, merged=4):
-    """The same picks as lists of every causal block, for tiles of `merged` times as many tokens.
+    """The same selection as lists of every causal block, for tiles of `merged` times the tokens.
 
     What is then left to choose is membership: a dense causal kernel with a mask per row.
     """
@@ -161,7 +161,7 @@ def make_plan(block_indices, group, *, block_size=64, num_keys=None, query_offse
   num_keys = tokens if num_keys is None else num_keys
   num_blocks = -(-num_keys // block_size)
   offsets = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
-  if not block_indices.shape[-1]:                # no picks at all: one entry that is none
+  if not block_indices.shape[-1]:                # none at all: one entry that is none
     block_indices = jnp.full((*block_indices.shape[:-1], 1), -1, jnp.int32)
   keys = _keys(block_indices, tile, block_size, num_blocks, offsets)
   entries = keys.shape[-1]

@@ -1,4 +1,4 @@
-"""`oracle_attention` on TPU: one forward kernel that also picks the blocks, one backward kernel."""
+"""`oracle_attention` on TPU: one forward kernel that also selects blocks, one backward kernel."""
 
 import functools
 
