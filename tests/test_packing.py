@@ -1,4 +1,4 @@
-"""A document in a packed row has the logits, selection included, that it has in a row of its own."""
+"""A document in a packed row has the logits and the selection that it has in a row of its own."""
 
 import dataclasses
 
