@@ -47,10 +47,10 @@ def primitives(jaxpr):
 @pytest.mark.parametrize("remat", ["none", "layer", "block"])
 def test_the_layers_of_a_block_share_one_plan(monkeypatch, remat):
   # Triton's kernels cannot be traced without a GPU; what stands in uses every part of the plan.
-  def stand_in(q, k, v, k_local, v_local, gates, sinks, segment_ids, plan, scale, window):
-    return q + sum(jnp.sum(leaf).astype(q.dtype) for leaf in jax.tree.leaves(plan))
+  def stand_in(q, keys_values, gates, sinks, visible, plans, scale):
+    return q + sum(jnp.sum(leaf).astype(q.dtype) for leaf in jax.tree.leaves(plans[0]))
 
-  monkeypatch.setattr(gpu, "_hybrid", stand_in)
+  monkeypatch.setattr(gpu, "_layer", stand_in)
   cfg = ModelConfig(**{name: getattr(MODEL, name) for name in MODEL.__dataclass_fields__}
                     | {"remat": remat})
   model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
