@@ -126,14 +126,6 @@ def check_segments(op, segment_ids, kv_segment_ids, query_offset, sizes, keys="S
   return segment_ids, kv_segment_ids
 
 
-def queries_are_keys(op, query_offset, segment_ids, kv_segment_ids, sizes):
-  """Raises NotCoveredError unless the queries are all keys: query t stands at key t."""
-  if not (isinstance(query_offset, int) and query_offset == 0
-          and sizes[0] == sizes[1] and (kv_segment_ids is None or kv_segment_ids is segment_ids)):
-    raise NotCoveredError(f"{op}: got {sizes[0]} queries at an offset into {sizes[1]} keys; wanted "
-                          "as many at offset 0")
-
-
 def check_broadcast(op, name, array, axes, sizes):
   """Checks that a float array broadcasts to `axes` without growing them."""
   require(hasattr(array, "shape") and hasattr(array, "dtype"),

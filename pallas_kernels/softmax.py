@@ -15,3 +15,4 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 EMPTY_LSE = -math.inf        # of a row that sees no key and has no sink
 MASKED = -1e30               # a hidden key's score inside kernels: finite, so that m - m is 0
+INITIAL_MAX = -1e20          # m before the first key: exp2(MASKED - INITIAL_MAX) is 0

@@ -9,7 +9,9 @@ import importlib.util
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
@@ -58,6 +60,16 @@ COMPILER_ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
 }
+
+
+def dot(a, b, contract):
+  """f32 matmul of two 2-D arrays inside a kernel, over axis contract[0] of `a` and [1] of `b`.
+
+  float32 is multiplied in full: the matrix units' default would round it to bfloat16.
+  """
+  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+  return lax.dot_general(a, b, ((contract[:1], contract[1:]), ((), ())), precision=precision,
+                         preferred_element_type=jnp.float32)
 
 
 def interpret_params(cores=1):

@@ -9,6 +9,8 @@ of the references, which takes 14 s a program, and several processes may share t
 
 import os
 
+import pytest
+
 if os.environ.get("JAX_PLATFORMS") == "cpu":
   os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
                              " --xla_llvm_disable_expensive_passes=true"
@@ -20,3 +22,16 @@ else:
 import jax  # noqa: E402  (after the flags)
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Modules whose tests share something slow to make, a trained run or a compiled program: one process
+# runs all of a module's tests, so that it is made once (--dist loadgroup).
+SHARED = {"test_checkpoint", "test_evals", "test_evaluate_cli", "test_recall", "test_sampling",
+          "test_sharding", "test_training"}
+
+
+@pytest.hookimpl(tryfirst=True)      # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+  """Marks the tests of SHARED modules as groups."""
+  for item in items:
+    if item.path.stem in SHARED:
+      item.add_marker(pytest.mark.xdist_group(item.path.stem))

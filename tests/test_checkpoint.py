@@ -274,6 +274,32 @@ def test_another_configuration_is_an_error_that_names_the_leaf(two, states):
     restored(two, on_one_device(fewer))
 
 
+def test_a_part_is_restored_without_the_rest(copy, states, monkeypatch):
+  """The weights alone: the moments are not read, and damage to the weights is still seen."""
+  target = {"model": on_one_device(states[2]).model}
+  read, trees = Checkpoints._read, []
+
+  def spy(self, step, **items):
+    found = read(self, step, **items)
+    trees.extend([found.state] if "state" in items else [])
+    return found
+
+  monkeypatch.setattr(Checkpoints, "_read", spy)
+  part, extra, step, reports = restored(copy, target, partial=True)
+  assert set(part) == {"model"} and step == 2 and reports == []
+  assert extra == json.loads(json.dumps(EXTRA | {"step": 2}))
+  assert as_bytes(part["model"]) == as_bytes(states[2].model)
+  assert [set(tree) for tree in trees] == [{"model"}]
+  with pytest.raises(UserError, match="absent here"):
+    restored(copy, target)                       # a whole state is not just a model
+  thin = {"model": {"w_gate": target["model"].w_gate}}
+  with pytest.raises(UserError, match="model/w_(out|up) is .* absent here"):
+    restored(copy, thin, partial=True)
+  flip_arrays(copy, 2)
+  *_, step, reports = restored(copy, target, partial=True)
+  assert step == 1 and len(reports) == 1 and reports[0].startswith("checkpoint 2 rejected")
+
+
 def test_the_newest_are_kept_and_none_is_dropped_while_another_is_written(tmp_path):
   state = {"w": jnp.ones((500, 500))}
   checkpoints = Checkpoints(tmp_path, keep=3)

@@ -400,3 +400,13 @@ def test_bad_config(cfg, change, message):
 def test_bad_hosts(cfg, index, count, message):
   with pytest.raises(UserError, match=message):
     data.TrainStream(cfg, index, count)
+
+
+def test_heldout_rows_do_not_depend_on_the_size_of_a_batch(cfg):
+  """Evaluation in micro-batches: more batches of fewer rows are the same rows in order."""
+  whole = data.heldout_batches(cfg, 3)
+  parts = data.heldout_batches(cfg, 3 * 2, B // 2)
+  for name, want, got in zip(data.Batch._fields, *(map(np.concatenate, zip(*batches))
+                                                   for batches in (whole, parts))):
+    np.testing.assert_array_equal(got, want[:len(got)], err_msg=name)
+    assert not want[len(got):].any()

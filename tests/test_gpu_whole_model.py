@@ -40,8 +40,9 @@ def packed(documents, tokens):
 
 
 def loss_and_gradients(cfg, weights, tokens, segment_ids):
-  """Mean next-token loss f32 [] within documents, and its gradient by leaf name."""
-  net = nnx.merge(nnx.graphdef(Transformer(cfg, rngs=nnx.Rngs(0))), weights)
+  """Mean next-token loss within documents, and its gradient by leaf name; `weights`: f32 leaves."""
+  empty = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  net = jax.tree.unflatten(jax.tree.structure(empty), weights)
   counts = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
 
   @jax.jit
@@ -65,7 +66,7 @@ def compare(cfg, documents, implementation, tolerance, tokens=2048):
   segment_ids = packed(documents, tokens)
   ids = rng.integers(0, cfg.vocab_size, segment_ids.shape, dtype=np.int32)
   ids[:, 1::2] = ids[:, ::2]                       # something to predict
-  weights = nnx.state(Transformer(cfg, rngs=nnx.Rngs(0)))
+  weights = jax.tree.leaves(jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))())
   got = loss_and_gradients(
     dataclasses.replace(cfg, implementation=implementation), weights, ids, segment_ids)
   exact = dataclasses.replace(cfg, implementation="reference", dtype="float32")

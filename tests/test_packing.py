@@ -1,4 +1,4 @@
-"""A document in a packed row has the logits, selection included, that it has in a row of its own."""
+"""Packed equals alone: a document in a packed row gives the logits that it gives by itself."""
 
 import dataclasses
 

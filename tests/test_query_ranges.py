@@ -145,7 +145,7 @@ def test_any_cut_of_the_queries_equals_the_whole(op, traced):
 @EVERY_OP
 @pytest.mark.parametrize("offset", [30, jnp.asarray([30, 12], jnp.int32)])
 def test_what_hidden_keys_hold_changes_no_bit(op, offset):
-  """Finite garbage in keys after the last query, and in padding: same outputs, gradients 0 there."""
+  """Finite garbage after the last query and in padding: same outputs, gradients 0 there."""
   tokens, keys = 20, 90
   q, k, v, blocks, sinks, at, _, _ = problem(21, tokens, keys, offset, False)
   kv_segments = np.ones((2, keys), np.int32)

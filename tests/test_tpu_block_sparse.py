@@ -95,7 +95,8 @@ def check(case, name, monkeypatch):
   def run(fn, **options):
     def attend(q, k, v, sinks=None):
       return fn(q, k, v, picked, block_size=case.block_size, sinks=sinks, segment_ids=segments,
-                scale=case.head_dim ** -0.5, **options), None
+                query_offset=0, kv_segment_ids=segments, scale=case.head_dim ** -0.5,
+                **options), None
     return functools.partial(tpu_interpret.value_and_grads, attend)
 
   (out, _), grads = run(mosaic_tpu.block_sparse_attention, options=case.options)(arrays, cotangent)
@@ -250,7 +251,7 @@ def test_limits_are_named(change, named):
 def test_other_errors_are_named():
   arrays, picked, _, _ = inputs(Case(tokens=64))
   plan = tpu_plan.make_plan(picked, 8)
-  with pytest.raises(ValueError, match=r"plan is for .* = \(8, 64, 64\); wanted \(4, 64, 64\)"):
+  with pytest.raises(ValueError, match=r"= \(8, 64, 64, 64, 0\); wanted \(4, 64, 64, 64, 0\)"):
     mosaic_tpu.block_sparse_attention(*arrays[:3], picked, plan=plan)
   with pytest.raises(ValueError, match="steps_per_body: got 0"):
     LoopConfig(1, 0, 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hybrid_sparse_attention as op
+from pallas_kernels import sparse_layer_attention as op
 from pallas_kernels.block_sparse_attention.tpu.op import LoopConfig, Options, make_plan
 from pallas_kernels.sparse_layer_attention import reference
 from pallas_kernels.sparse_layer_attention.tpu import op as mosaic_tpu
@@ -18,7 +18,7 @@ from tests.tpu_interpret import race_detectors  # noqa: F401  (a fixture)
 
 OPTIONS = Options(LoopConfig(2, 1, 2), LoopConfig(2, 1, 2), dense_forward=LoopConfig(2, 1, 1),
                   dense_backward=LoopConfig(2, 1, 1), interpret=tpu_interpret.INTERPRET)
-NAMES = ("q", "k_shared", "v_shared", "k_local", "v_local", "gate_sparse", "gate_local",
+NAMES = ("q", "k", "v", "k_local", "v_local", "gate_sparse", "gate_local",
          "sinks_sparse", "sinks_local")
 
 
@@ -73,7 +73,8 @@ def bind(fn, case, picked, segments, **options):
   def attend(*arrays):
     given = dict(zip(NAMES, arrays))
     return fn(block_indices=picked, block_size=case.block_size, window=case.window,
-              segment_ids=segments, scale=case.head_dim ** -0.5,
+              query_offset=0, local_query_offset=0, segment_ids=segments, kv_segment_ids=segments,
+              local_kv_segment_ids=segments, scale=case.head_dim ** -0.5,
               **({"sinks_sparse": None, "sinks_local": None} | given), **options), None
   return attend
 
@@ -87,9 +88,9 @@ def test_values_and_gradients_match_the_reference(name, monkeypatch):
     launched.append(name), call(kernel, name, *args, **options))[1])
   arrays, picked, segments, cotangent = inputs(case)
   run = tpu_interpret.value_and_grads
-  (out, _), grads = run(bind(mosaic_tpu.hybrid_sparse_attention, case, picked, segments,
+  (out, _), grads = run(bind(mosaic_tpu.sparse_layer_attention, case, picked, segments,
                              options=case.options), arrays, cotangent)
-  (want, _), expected = run(bind(reference.hybrid_sparse_attention, case, picked, segments),
+  (want, _), expected = run(bind(reference.sparse_layer_attention, case, picked, segments),
                             tpu_interpret.as_float32(arrays), cotangent.astype(jnp.float32))
   launches = 2 if case.options.vmem_bytes else 1
   assert sum("forward" in x for x in launched) == launches
@@ -112,9 +113,9 @@ def test_without_gradients_and_with_a_given_plan():
   case = Case(tokens=70)
   arrays, picked, segments, _ = inputs(case)
   plan = make_plan(picked, case.group, block_size=case.block_size)
-  out, _ = jax.jit(bind(mosaic_tpu.hybrid_sparse_attention, case, picked, segments, plan=plan,
+  out, _ = jax.jit(bind(mosaic_tpu.sparse_layer_attention, case, picked, segments, plan=plan,
                         options=OPTIONS))(*arrays)
-  want, _ = jax.jit(bind(reference.hybrid_sparse_attention, case, picked, segments))(*arrays)
+  want, _ = jax.jit(bind(reference.sparse_layer_attention, case, picked, segments))(*arrays)
   tpu_interpret.assert_like_reference(out, want, "float32")
 
 
@@ -124,5 +125,5 @@ def test_without_gradients_and_with_a_given_plan():
 def test_limits_are_named(change, named):
   case = dataclasses.replace(Case(tokens=32), **change)
   arrays, picked, segments, _ = inputs(case)
-  with pytest.raises(NotImplementedError, match=f"hybrid_sparse_attention on TPU: got {named}"):
+  with pytest.raises(NotImplementedError, match=f"sparse_layer_attention on TPU: got {named}"):
     bind(op, case, picked, segments, implementation="mosaic_tpu")(*arrays)

@@ -10,7 +10,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import tpu
-from pallas_kernels.causal_attention_tpu import forward as tpu_attention_forward
+from pallas_kernels.causal_attention_tpu import forward as forward_kernel
 from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
 from pallas_kernels.oracle_attention import reference
 from pallas_kernels.oracle_attention.tpu import op as mosaic_tpu
@@ -24,8 +24,9 @@ SCALE = 0.1
 def both(segments=None, block_size=16, num_blocks=3, scale=SCALE,
          interpret=tpu_interpret.INTERPRET):
   """Kernel and reference as compiled functions (q, k, v) -> (out, indices)."""
-  options = dict(block_size=block_size, num_blocks=num_blocks, scale=scale,
-                 segment_ids=None if segments is None else jnp.asarray(segments))
+  segments = None if segments is None else jnp.asarray(segments)
+  options = dict(block_size=block_size, num_blocks=num_blocks, scale=scale, query_offset=0,
+                 segment_ids=segments, kv_segment_ids=segments)
   return (jax.jit(functools.partial(mosaic_tpu.oracle_attention, interpret=interpret, **options)),
           jax.jit(functools.partial(reference.oracle_attention, **options)))
 
@@ -77,7 +78,7 @@ def test_planted_ties_go_to_the_lower_block(monkeypatch):
 
   72 blocks: ties within and across the 64 that one iteration compares, and across sublanes.
   """
-  tpu_interpret.small_tiles(monkeypatch, queries=256, keys=256)
+  tpu_interpret.small_tiles(monkeypatch, block_q=256, block_kv=256)
   q = small_integers(5, 1, 576, 2, 8)
   k = jnp.tile(small_integers(6, 1, 16, 1, 8), (1, 36, 1, 1))
   v = normal(7, 1, 576, 1, 8)
@@ -120,52 +121,65 @@ def test_a_segment_that_comes_back_is_one_segment(monkeypatch):
 @pytest.mark.parametrize("seed", range(4))
 def test_key_tile_bounds(seed):
   """Nothing visible before the first tile, all visible from the second up to the diagonal."""
-  tiles = tpu_interpret.ForwardTiles(queries=128, keys=256 if seed % 2 else 128, piece=128)
+  tiles = tpu_interpret.ForwardTiles(128, 256 if seed % 2 else 128, block_kv_compute=128)
   segments = np.sort(np.random.default_rng(seed).integers(0, 3, size=(2, 1024)), axis=1)
   if seed == 3:
     segments[:, 300:600] = 0
     segments[0] = segments[0, ::-1]
-  first, clear = np.asarray(tpu_attention_forward.key_tile_bounds(
-    2, 1024, tiles, None, jnp.asarray(segments, jnp.int32)))
+  segments = segments.astype(np.int32)
+  origin = jnp.zeros(2, jnp.int32)
+  first, clear, diagonals, *_ = np.asarray(forward_kernel.tile_bounds(
+    origin, 1024, 1024, tiles, None, jnp.asarray(segments), jnp.asarray(segments)))
   seen = np.tril((segments[:, :, None] == segments[:, None]) & (segments[:, :, None] != 0))
-  seen = seen.reshape(2, 8, 128, 1024 // tiles.keys, tiles.keys)
+  seen = seen.reshape(2, 8, 128, 1024 // tiles.block_kv, tiles.block_kv)
   some, every = seen.any((2, 4)), seen.all((2, 4))
   for b, i in np.ndindex(2, 8):
-    diagonal = i * 128 // tiles.keys
+    diagonal = i * 128 // tiles.block_kv
+    assert diagonals[b, i] == diagonal
     assert not some[b, i, :first[b, i]].any() and first[b, i] <= diagonal
     if (np.diff(segments[b]) >= 0).all():
       assert some[b, i, first[b, i]] or first[b, i] == diagonal
     assert every[b, i, clear[b, i]:diagonal].all()
     assert clear[b, i] == 0 or clear[b, i] >= diagonal or not every[b, i, clear[b, i] - 1]
-  windowed = np.asarray(tpu_attention_forward.key_tile_bounds(2, 1024, tiles, 200, None))[0]
+  windowed = np.asarray(forward_kernel.tile_bounds(origin, 1024, 1024, tiles, 200))[0]
   np.testing.assert_array_equal(
-    windowed, np.tile([max(i * 128 - 199, 0) // tiles.keys for i in range(8)], (2, 1)))
+    windowed, np.tile([max(i * 128 - 199, 0) // tiles.block_kv for i in range(8)], (2, 1)))
 
 
-@pytest.mark.parametrize("queries, keys, num_tiles, parts, window", [
-  (128, 256, 6, 1, None), (128, 128, 5, 3, None), (256, 128, 1, 2, None), (128, 512, 8, 4, None),
-  (128, 128, 5, 2, 200), (256, 128, 3, 1, 1)])
-def test_every_tile_is_walked_once(queries, keys, num_tiles, parts, window):
+@pytest.mark.parametrize("block_q, block_kv, num_tiles, parts, window, offset, num_keys", [
+  (128, 256, 6, 1, None, 0, 768), (128, 128, 5, 3, None, 0, 640), (256, 128, 1, 2, None, 0, 256),
+  (128, 512, 8, 4, None, 0, 1024), (128, 128, 5, 2, 200, 0, 640), (256, 128, 3, 1, 1, 0, 768),
+  (128, 256, 5, 2, None, 333, 1000), (128, 128, 4, 1, None, 1024, 1100),
+  (256, 128, 3, 1, 130, 77, 900), (128, 128, 2, 1, 5, 2000, 600)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_every_tile_is_walked_once(block_q, block_kv, num_tiles, parts, window, offset, num_keys,
+                                   traced):
   """In one run of steps for each tile, part by part, from its first key tile to its last."""
-  tiles = tpu_interpret.ForwardTiles(queries, keys, piece=keys)
-  walk = tpu_attention_forward.Walk(tiles, num_tiles, parts, window)
+  tiles = tpu_interpret.ForwardTiles(block_q, block_kv, block_kv_compute=block_kv)
+  walk = forward_kernel.GridWalk(tiles, num_tiles, -(-num_keys // block_kv), parts, window,
+                                 None if traced else offset)
   rows, steps = walk.grid()
-  bounds = np.asarray(tpu_attention_forward.key_tile_bounds(
-    1, num_tiles * queries, tiles, window, None))[0, 0]
+  first, _, _, last, position = np.asarray(forward_kernel.tile_bounds(
+    jnp.full(1, offset, jnp.int32), num_tiles * block_q, num_keys, tiles, window))[:, 0]
   seen = []
   for row in range(rows):
     found = walk.at(jnp.full(steps, row), jnp.arange(steps))
     i, part, step = (np.broadcast_to(x, steps) for x in found)
-    j = bounds[i] + step
-    live = j <= tpu_attention_forward.last_key_tile(i, tiles)
-    assert live.all() or window is not None or num_tiles % 2        # else no step is idle
+    j = first[i] + step
+    live = j <= last[i]
+    exact = walk.paired and not num_tiles % 2 and offset + num_tiles * block_q <= num_keys
+    assert live.all() or not exact                                  # then no step is idle
     seen += np.stack([i, part, j], 1)[live].tolist()
   runs = {i: [(part, j) for tile, part, j in seen if tile == i] for i in range(num_tiles)}
   assert [i for i, _ in itertools.groupby(seen, key=lambda x: x[0])] == list(
     dict.fromkeys(i for i, _, _ in seen))
   for i, run in runs.items():
-    last = ((i + 1) * queries - 1) // keys
-    assert run == [(part, j) for part in range(parts) for j in range(bounds[i], last + 1)]
+    assert position[i] == offset + i * block_q
+    assert run == [(part, j) for part in range(parts) for j in range(first[i], last[i] + 1)]
+    tokens = position[i] + np.arange(block_q)
+    low = 0 if window is None else tokens[0] - window + 1
+    needed = np.arange(max(low, 0), min(tokens[-1] + 1, num_keys)) // block_kv
+    assert set(needed.tolist()) <= set(range(first[i], last[i] + 1))
 
 
 def test_no_blocks_is_plain_causal_attention():
@@ -192,12 +206,12 @@ def test_saved_names_spare_the_forward_kernel_under_remat(names, kernels):
 
 def test_tiles_fit_the_smallest_vmem():
   for tokens, group in ((8192, 4), (131072, 4), (131072, 16), (2**20, 4), (2**20, 16)):
-    tiles = tpu_attention.forward_tiles(tokens, group, 512, block_size=64, num_blocks=16)
+    tiles = tpu_attention.forward_tiles(tokens, tokens, group, 512, block_size=64, num_blocks=16)
     held = tiles.heads + (tiles.heads < group)
-    assert 4 * held * tokens // 64 * tiles.queries <= 0.6 * 2**26
+    assert 4 * held * tokens // 64 * tiles.block_q <= 0.6 * 2**26
     assert group % tiles.heads == 0
-  with pytest.raises(NotImplementedError, match="T=33554432 has 524288 blocks of 64"):
-    tpu_attention.forward_tiles(2**25, 4, 512, block_size=64, num_blocks=16)
+  with pytest.raises(NotImplementedError, match="S=33554432 has 524288 blocks of 64"):
+    tpu_attention.forward_tiles(1, 2**25, 4, 512, block_size=64, num_blocks=16)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -212,9 +226,3 @@ def test_what_is_not_covered_is_named(change, message):
     pallas_kernels.oracle_attention(x, x, x, block_size=change.get("block_size", 8),
                                     implementation="mosaic_tpu")
   assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_tpu_is_its_platform():
-  from pallas_kernels.oracle_attention import api
-  assert api._BY_PLATFORM["tpu"] == ("mosaic_tpu",)
-  assert "mosaic_tpu" in api._AVAILABLE

@@ -26,8 +26,9 @@ CASES = {
 
 def both(window, segments=None, interpret=tpu_interpret.INTERPRET):
   """Kernel and reference as compiled functions (q, k, v[, sinks]) -> (out, None)."""
-  options = dict(window=window, scale=SCALE,
-                 segment_ids=None if segments is None else jnp.asarray(segments))
+  segments = None if segments is None else jnp.asarray(segments)
+  options = dict(window=window, scale=SCALE, query_offset=0, segment_ids=segments,
+                 kv_segment_ids=segments)
 
   def compiled(op, **more):
     return jax.jit(lambda q, k, v, sinks=None: (op(q, k, v, sinks=sinks, **options, **more), None))
@@ -82,9 +83,3 @@ def test_what_is_not_covered_is_named(change, message):
   with pytest.raises(NotImplementedError) as error:
     pallas_kernels.sliding_window_attention(x, x, x, implementation="mosaic_tpu")
   assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_tpu_is_its_platform():
-  from pallas_kernels.sliding_window_attention import api
-  assert api._BY_PLATFORM["tpu"] == ("mosaic_tpu",)
-  assert "mosaic_tpu" in api._AVAILABLE

@@ -13,7 +13,7 @@ from experiments.bench import splash
 from pallas_kernels.block_sparse_attention.tpu import op as sparse_tpu
 from pallas_kernels.oracle_attention.tpu import op as oracle_tpu
 from pallas_kernels.sliding_window_attention.tpu import op as window_tpu
-from pallas_kernels.sparse_layer_attention.tpu import op as hybrid_tpu
+from pallas_kernels.sparse_layer_attention.tpu import op as layer_tpu
 
 
 def _qkv(shape, dtype):
@@ -24,9 +24,10 @@ def _qkv(shape, dtype):
 
 
 def _oracle(shape, dtype, num_blocks=None):
-  def op(q, k, v, segment_ids=None):
+  def op(q, k, v, segment_ids=None, query_offset=0):
     return oracle_tpu.oracle_attention(
-      q, k, v, block_size=shape.block_size, segment_ids=segment_ids,
+      q, k, v, block_size=shape.block_size, segment_ids=segment_ids, kv_segment_ids=segment_ids,
+      query_offset=query_offset,
       num_blocks=shape.num_blocks if num_blocks is None else num_blocks,
       scale=shape.head_dim ** -0.5)
   return op, _qkv(shape, dtype)
@@ -36,15 +37,16 @@ def _window(shape, dtype):
   def op(q, k, v, sinks, segment_ids=None):
     return window_tpu.sliding_window_attention(
       q, k, v, window=shape.window, sinks=sinks, segment_ids=segment_ids,
-      scale=shape.head_dim ** -0.5)
+      kv_segment_ids=segment_ids, scale=shape.head_dim ** -0.5)
   return op, (*_qkv(shape, dtype), jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32))
 
 
-def picks(shape):
+def picks(shape, num_keys=None, query_offset=0):
   """Block indices, and a plan of the right sizes that holds none: building one is XLA's work."""
   indices = jnp.zeros((shape.batch, shape.num_kv_heads, shape.tokens, shape.num_blocks), jnp.int32)
   make = functools.partial(sparse_tpu.make_plan, group=shape.num_heads // shape.num_kv_heads,
-                           block_size=shape.block_size)
+                           block_size=shape.block_size, num_keys=num_keys,
+                           query_offset=query_offset)
   return indices, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, indices))
 
 
@@ -57,19 +59,20 @@ def _block_sparse(shape, dtype, dense=None):
     indices, plan = picks(shape)
     return sparse_tpu.block_sparse_attention(
       q, k, v, indices, block_size=shape.block_size, sinks=sinks, segment_ids=segment_ids,
-      plan=plan, options=sparse_tpu.Options(dense=dense))
+      kv_segment_ids=segment_ids, plan=plan, options=sparse_tpu.Options(dense=dense))
   return op, (*_qkv(shape, dtype), _sinks(shape))
 
 
-def _hybrid(shape, dtype, dense=None):
+def _sparse_layer(shape, dtype, dense=None):
   """Elementwise gates, and sinks in both branches."""
   def op(q, k, v, k_local, v_local, gate_sparse, gate_local, sinks_sparse, sinks_local,
          segment_ids=None):
     indices, plan = picks(shape)
-    return hybrid_tpu.hybrid_sparse_attention(
+    return layer_tpu.sparse_layer_attention(
       q, k, v, indices, k_local, v_local, gate_sparse, gate_local, sinks_sparse=sinks_sparse,
       sinks_local=sinks_local, block_size=shape.block_size, window=shape.window,
-      segment_ids=segment_ids, plan=plan, options=sparse_tpu.Options(dense=dense))
+      segment_ids=segment_ids, kv_segment_ids=segment_ids, local_kv_segment_ids=segment_ids,
+      plan=plan, options=sparse_tpu.Options(dense=dense))
   q, k, v = _qkv(shape, dtype)
   gate = jax.ShapeDtypeStruct((*q.shape[:3], shape.v_dim), dtype)
   return op, (q, k, v, k, v, gate, gate, _sinks(shape), _sinks(shape))
@@ -99,8 +102,8 @@ CASES = {
   "block_sparse_attention": _block_sparse,
   "block_sparse_attention_dense": functools.partial(_block_sparse, dense=True),
   "block_sparse_plan": _block_sparse_plan,
-  "hybrid_sparse_attention": _hybrid,
-  "hybrid_sparse_attention_lists": functools.partial(_hybrid, dense=False),
+  "hybrid_sparse_attention": _sparse_layer,
+  "hybrid_sparse_attention_lists": functools.partial(_sparse_layer, dense=False),
   "splash_attention": _splash,
 }
 
@@ -128,7 +131,7 @@ def _run(op, shape, which, dtype, segmented, *arrays):
   run = CASES[op](shape, jnp.dtype(dtype))[0]
   if segmented:
     *arrays, segment_ids = arrays
-    run = functools.partial(run, segment_ids=segment_ids)
+    run = functools.partial(run, segment_ids=segment_ids, kv_segment_ids=segment_ids)
   if which == "fwd":
     return run(*arrays)
   out, pullback = jax.vjp(run, *arrays[:-1])
@@ -136,3 +139,49 @@ def _run(op, shape, which, dtype, segmented, *arrays):
     return out, pullback(arrays[-1])
   nothing = [np.zeros(x.shape, jax.dtypes.float0) for x in out[1:]]      # of indices
   return out, pullback((arrays[-1], *nothing))
+
+
+def range_case(op, shape, num_keys, dtype="bfloat16"):
+  """A range of the queries, at traced offsets, over more keys, with its gradients, as `case`.
+
+  Args:
+    op: "oracle_attention", "sliding_window_attention", "block_sparse_attention" or
+      "hybrid_sparse_attention_lists".
+    shape: `named_shapes.AttentionShape` of the queries: `tokens` of each row.
+    num_keys: S.
+    dtype: of q, k and v.
+  """
+  q, k, v = _qkv(shape, jnp.dtype(dtype))
+  wide = lambda x: jax.ShapeDtypeStruct((x.shape[0], num_keys, *x.shape[2:]), x.dtype)
+  k, v = wide(k), wide(v)
+  offsets = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
+  dout = jax.ShapeDtypeStruct((*q.shape[:3], shape.v_dim), q.dtype)
+  local = (k, v) if op.startswith("hybrid") else ()
+  return functools.partial(_run_range, op, shape, num_keys), (q, k, v, *local, dout, offsets)
+
+
+def _run_range(op, shape, num_keys, *arrays):
+  *arrays, dout, offsets = arrays
+  indices, plan = picks(shape, num_keys, offsets)
+  options = sparse_tpu.Options(dense=False)
+  scale = shape.head_dim ** -0.5
+
+  def run(q, k, v, *local):
+    if op == "oracle_attention":
+      return oracle_tpu.oracle_attention(
+        q, k, v, block_size=shape.block_size, num_blocks=shape.num_blocks, segment_ids=None,
+        scale=scale, query_offset=offsets)[0]
+    if op == "sliding_window_attention":
+      return window_tpu.sliding_window_attention(
+        q, k, v, window=shape.window, sinks=None, segment_ids=None, scale=scale,
+        query_offset=offsets)
+    if op == "block_sparse_attention":
+      return sparse_tpu.block_sparse_attention(
+        q, k, v, indices, block_size=shape.block_size, query_offset=offsets, scale=scale,
+        plan=plan, options=options)
+    return layer_tpu.sparse_layer_attention(
+      q, k, v, indices, *local, None, None, block_size=shape.block_size, window=shape.window,
+      query_offset=offsets, local_query_offset=offsets, scale=scale, plan=plan, options=options)
+
+  out, pullback = jax.vjp(run, *arrays)
+  return out, pullback(dout)

@@ -13,8 +13,8 @@ import shutil
 from experiments.tpu_static import cases as tpu_cases
 from experiments.tpu_static import count as tpu_static
 from pallas_kernels import tpu
-from pallas_kernels.causal_attention_tpu import block_topk as tpu_block_picks
-from pallas_kernels.causal_attention_tpu import forward as tpu_attention_forward
+from pallas_kernels.causal_attention_tpu import block_topk
+from pallas_kernels.causal_attention_tpu import forward as forward_kernel
 from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
 from pallas_kernels.named_shapes import PAPER
 
@@ -62,8 +62,8 @@ def _loops(spans):
 
 
 def forward_cost(shape, spans, kernel, tiles, *, window=None, num_blocks=0):
-  """`Cost` of `tpu_attention_forward`'s kernel; spans in address order."""
-  tokens = tpu_attention.round_up(shape.tokens, max(tiles.queries, tiles.keys))
+  """`Cost` of the forward kernel; spans in address order."""
+  tokens = tpu_attention.round_up(shape.tokens, max(tiles.block_q, tiles.block_kv))
   group = shape.num_heads // shape.num_kv_heads
   parts = group // tiles.heads
   matmuls = [i for i, s in enumerate(spans) if s.share["MXU"] > 0.1]
@@ -76,14 +76,15 @@ def forward_cost(shape, spans, kernel, tiles, *, window=None, num_blocks=0):
   if loops and masked.depth > 1:
     loops = loops[1:]                                                   # its own end
   full, edge, chunks = 0, 0, 0
-  for i in range(tokens // tiles.queries):
-    last = ((i + 1) * tiles.queries - 1) // tiles.keys
-    first = 0 if window is None else max(i * tiles.queries - window + 1, 0) // tiles.keys
-    whole = i * tiles.queries // tiles.keys if window is None else first
+  for i in range(tokens // tiles.block_q):
+    last = ((i + 1) * tiles.block_q - 1) // tiles.block_kv
+    first = 0 if window is None else max(i * tiles.block_q - window + 1, 0) // tiles.block_kv
+    whole = i * tiles.block_q // tiles.block_kv if window is None else first
     full, edge = full + whole - first, edge + last + 1 - whole
-    chunks += -(-(last + 1) * tiles.keys // shape.block_size // tpu_block_picks.ROWS)
-  tiles_count = tokens // tiles.queries
-  rows, steps = tpu_attention_forward.Walk(tiles, tiles_count, parts, window).grid()
+    chunks += -(-(last + 1) * tiles.block_kv // shape.block_size // block_topk.ROWS)
+  tiles_count = tokens // tiles.block_q
+  rows, steps = forward_kernel.GridWalk(
+    tiles, tiles_count, -(-tokens // tiles.block_kv), parts, window).grid()
   bundles = rows * steps * overhead + parts * (
     full * per_step(hot) + edge * per_step(masked) + tiles_count * once)
   selection = 0
@@ -96,12 +97,12 @@ def forward_cost(shape, spans, kernel, tiles, *, window=None, num_blocks=0):
   kv_heads = shape.batch * shape.num_kv_heads
   return Cost(
     kernel, per_step(hot), kv_heads * parts * (full + edge),
-    4 * tiles.heads * tiles.queries * tiles.keys * shape.head_dim, hot.share["MXU"],
+    4 * tiles.heads * tiles.block_q * tiles.block_kv * shape.head_dim, hot.share["MXU"],
     kv_heads * (bundles + selection), kv_heads * selection)
 
 
 def backward_cost(shape, spans, kernel, tiles, *, window=None):
-  """`Cost` of `tpu_attention_backward`'s kernel over all chunks."""
+  """`Cost` of the backward kernel over all chunks."""
   tokens = tpu_attention.round_up(shape.tokens, tiles.chunk)
   parts = shape.num_heads // shape.num_kv_heads // tiles.heads
   matmuls = [i for i, s in enumerate(spans) if s.share["MXU"] > 0.1]
@@ -115,18 +116,19 @@ def backward_cost(shape, spans, kernel, tiles, *, window=None):
   overhead = _sum(s for s in straight if not _is_vector(s))
   full, edge, visits, grid = 0, 0, 0, 0
   for c in range(tokens // tiles.chunk):
-    steps = tokens // tiles.queries
+    steps = tokens // tiles.block_q
     if window is not None:
-      steps = min(steps, (tiles.chunk + window - 2) // tiles.queries + 1)
+      steps = min(steps, (tiles.chunk + window - 2) // tiles.block_q + 1)
     grid += steps
-    low = c * tiles.chunk // tiles.keys
-    for i in range(c * tiles.chunk // tiles.queries,
-                   min(c * tiles.chunk // tiles.queries + steps, tokens // tiles.queries)):
+    low = c * tiles.chunk // tiles.block_kv
+    for i in range(c * tiles.chunk // tiles.block_q,
+                   min(c * tiles.chunk // tiles.block_q + steps, tokens // tiles.block_q)):
       visits += 1
-      first = 0 if window is None else max(i * tiles.queries - window + 1, 0) // tiles.keys
+      first = 0 if window is None else max(i * tiles.block_q - window + 1, 0) // tiles.block_kv
       start = max(first, low)
-      stop = min(((i + 1) * tiles.queries - 1) // tiles.keys + 1, low + tiles.chunk // tiles.keys)
-      whole = start if window is not None else min(i * tiles.queries // tiles.keys, stop)
+      stop = min(((i + 1) * tiles.block_q - 1) // tiles.block_kv + 1,
+                 low + tiles.chunk // tiles.block_kv)
+      whole = start if window is not None else min(i * tiles.block_q // tiles.block_kv, stop)
       full, edge = full + whole - start, edge + max(stop - whole, 0)
   kv_heads = shape.batch * shape.num_kv_heads
   edge_unroll = 1 if window is None else tiles.unroll
@@ -135,7 +137,7 @@ def backward_cost(shape, spans, kernel, tiles, *, window=None):
                      + grid * overhead + visits * _sum(per_tile))
   bundles += tokens // tiles.chunk * _sum(per_chunk)
   return Cost(kernel, tiles.heads * hot.bundles / tiles.unroll, kv_heads * parts * (full + edge),
-              10 * tiles.heads * tiles.queries * tiles.keys * shape.head_dim, hot.share["MXU"],
+              10 * tiles.heads * tiles.block_q * tiles.block_kv * shape.head_dim, hot.share["MXU"],
               kv_heads * bundles)
 
 
@@ -143,12 +145,13 @@ def _attention(shape, which, spans_of, generation, *, op, window=None, num_block
   group = shape.num_heads // shape.num_kv_heads
   if which == "bwd":
     tiles = tpu_attention.backward_tiles(
-      shape.tokens, group, shape.head_dim, "bfloat16", window=window)
+      shape.tokens, shape.tokens, group, shape.head_dim, "bfloat16", window=window)
     return backward_cost(shape, spans_of("attention_backward"), "attention_backward", tiles,
                          window=window)
   unit = tpu_attention.key_unit(op, shape.block_size, num_blocks)
   tiles = tpu_attention.forward_tiles(
-    shape.tokens, group, unit, block_size=shape.block_size, num_blocks=num_blocks, window=window,
+    shape.tokens, shape.tokens, group, unit, block_size=shape.block_size,
+    num_blocks=num_blocks, window=window,
     vmem_bytes=tpu.GENERATIONS[generation].vmem_bytes)
   kernel = "oracle_attention_forward" if num_blocks else "attention_forward"
   return forward_cost(shape, spans_of(kernel), kernel, tiles, window=window,
@@ -174,7 +177,7 @@ def splash_cost(shape, spans, tiles, matmuls, resident_tiles):
 
   Args:
     spans: in address order.
-    tiles: has `.queries` and `.keys`.
+    tiles: has `.block_q` and `.block_kv`.
     matmuls: products of a step.
     resident_tiles: how often, over all heads, a result is begun and written.
   """
@@ -184,22 +187,22 @@ def splash_cost(shape, spans, tiles, matmuls, resident_tiles):
   tokens = shape.tokens
   heads = shape.batch * shape.num_heads
   steps = heads * sum(
-    ((i + 1) * tiles.queries - 1) // tiles.keys + 1 for i in range(tokens // tiles.queries))
-  grid = heads * (tokens // tiles.queries) * (tokens // tiles.keys)
-  return Cost("", hot.bundles, steps, 2 * matmuls * tiles.queries * tiles.keys * shape.head_dim,
+    ((i + 1) * tiles.block_q - 1) // tiles.block_kv + 1 for i in range(tokens // tiles.block_q))
+  grid = heads * (tokens // tiles.block_q) * (tokens // tiles.block_kv)
+  return Cost("", hot.bundles, steps, 2 * matmuls * tiles.block_q * tiles.block_kv * shape.head_dim,
               hot.share["MXU"], steps * hot.bundles + grid * scalar + resident_tiles * once)
 
 
 def _splash(shape, which, spans_of, generation):
   """Forward with residuals, or its two backward kernels together; bundles per step of one head."""
   del generation
-  tiles, heads = tpu_attention_forward.ForwardTiles(), shape.batch * shape.num_heads
-  query_tiles = heads * (shape.tokens // tiles.queries)
+  tiles, heads = forward_kernel.ForwardTiles(), shape.batch * shape.num_heads
+  query_tiles = heads * (shape.tokens // tiles.block_q)
   if which == "fwd":
     kernel = "splash_mha_fwd_residuals"
     return dataclasses.replace(
       splash_cost(shape, spans_of(kernel), tiles, 2, query_tiles), kernel=kernel)
-  key_tiles = shape.batch * shape.num_kv_heads * (shape.tokens // tiles.keys)
+  key_tiles = shape.batch * shape.num_kv_heads * (shape.tokens // tiles.block_kv)
   kernels = "splash_mha_dkv_no_residuals", "splash_mha_dq_no_residuals"
   dkv = splash_cost(shape, spans_of(kernels[0]), tiles, 4, key_tiles)
   dq = splash_cost(shape, spans_of(kernels[1]), tiles, 3, query_tiles)

@@ -22,7 +22,7 @@ from pallas_kernels import tpu
 from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
 from pallas_kernels.block_sparse_attention.tpu import plan as tpu_plan
 from pallas_kernels.named_shapes import PAPER
-from pallas_kernels.sparse_layer_attention.tpu import op as hybrid_tpu
+from pallas_kernels.sparse_layer_attention.tpu import op as layer_tpu
 
 ROWS = 128                                       # of a tile: tokens x heads of a group
 _KERNELS = {"fwd": ("block_sparse_forward", 2), "bwd": ("block_sparse_backward", 5)}
@@ -86,9 +86,10 @@ def _run(shape, which, q, k, v, out, lse, dout):
   scale = shape.head_dim ** -0.5
   options = mosaic_tpu.Options(dense=False).loops_of(mosaic_tpu.tpu_generation())
   if which == "fwd":
-    return mosaic_tpu.run_forward(q, k, v, None, None, scale, plan, options)
+    return mosaic_tpu.run_forward(q, k, v, None, None, None, scale, plan, options)
   arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
-  inputs = arrays | {"sinks": None, "segment_ids": None} | mosaic_tpu.plan_arrays(plan)
+  inputs = arrays | dict.fromkeys(("sinks", "segment_ids", "kv_segment_ids"))
+  inputs |= mosaic_tpu.plan_arrays(plan)
   found = mosaic_tpu.by_heads(lambda some: mosaic_tpu.run_backward(
     "block_sparse_attention", some, scale, mosaic_tpu.plan_of(plan, some), options),
     inputs, dict.fromkeys(arrays, 2) | mosaic_tpu.PLAN_AXES)
@@ -116,19 +117,19 @@ def rows(op, shape_name, generation, which, names=None):
   Raises:
     ValueError: another op or pass.
   """
-  hybrid = op == "hybrid_sparse_attention"
-  if not hybrid and op != "block_sparse_attention":
+  layer = op == "hybrid_sparse_attention"
+  if not layer and op != "block_sparse_attention":
     raise ValueError(f"op: got {op!r}, want 'block_sparse_attention' or 'hybrid_sparse_attention'")
-  if hybrid and which != "fwd":
+  if layer and which != "fwd":
     raise ValueError("hybrid_sparse_attention: only its forward pass is one kernel")
   shape, facts = PAPER[shape_name], tpu.GENERATIONS[generation]
   if names is None:
     names = ("trace", "walk r=1") if shape.tokens == 32_768 else ("walk r=1",)
   options = mosaic_tpu.Options().loops_of(generation)
   config = options.forward if which == "fwd" else options.backward
-  together = math.gcd(config.tiles_per_program, hybrid_tpu.WindowEpilogue.together) if hybrid else 1
+  together = math.gcd(config.tiles_per_program, layer_tpu.WindowEpilogue.together) if layer else 1
   kernel, matmuls = _KERNELS[which]
-  if hybrid:
+  if layer:
     case = tpu_cases.case("hybrid_sparse_attention_lists", shape, "fwd")
   else:
     case = functools.partial(_run, shape, which), _arrays(shape)
@@ -147,7 +148,7 @@ def rows(op, shape_name, generation, which, names=None):
     per_step = total("bundles_per_step") / len(found)
     floor = found[0]["flops_per_step"] / facts.flops_per_bundle
     bundles = total("bundles") / facts.cores
-    useful = total("useful_flops") * (1 + hybrid * shape.window / shape.block_size / union)
+    useful = total("useful_flops") * (1 + layer * shape.window / shape.block_size / union)
     out.append({
       "op": op, "shape": shape_name, "selection": selection, "generation": generation,
       "pass": which, "impl": "mosaic_tpu", "union": round(union, 1), "launches": len(found),

@@ -13,9 +13,9 @@ def _reference(*args, plan, **options):
 
 
 def _plan_tpu(block_indices, group, num_keys, block_size, query_offset):
-  del num_keys, query_offset
   from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
-  return mosaic_tpu.make_plan(block_indices, group, block_size=block_size)
+  return mosaic_tpu.make_plan(block_indices, group, block_size=block_size, num_keys=num_keys,
+                              query_offset=query_offset)
 
 
 _AVAILABLE = {"reference": _reference,

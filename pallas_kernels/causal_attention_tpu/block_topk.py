@@ -11,10 +11,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.softmax import INITIAL_MAX, MASKED
+
 ROWS = 64            # blocks per loop iteration: enough work to hide the loop
-HIDDEN = -3e30       # logit, or score, of what is not visible
-LOWEST = -1e30       # every visible one is above
-NONE = 2**30
+NONE = 2**30         # no block
 
 
 def block_maxima(logits, block_size):
@@ -56,9 +56,9 @@ def group_scores(maxima_ref, lse, score_ref, first, last, rest):
     for g in range(1, len(lse)):
       score = jnp.maximum(score, maxima_ref[g, rows, :] - lse[g])
     if rest is not None:
-      score = jnp.maximum(score, jnp.where(rest, score_ref[rows, :], HIDDEN))
+      score = jnp.maximum(score, jnp.where(rest, score_ref[rows, :], MASKED))
     block = c * ROWS + lax.broadcasted_iota(jnp.int32, (ROWS, tile), 0)
-    score_ref[rows, :] = jnp.where((block >= first) & (block < last), score, HIDDEN)
+    score_ref[rows, :] = jnp.where((block >= first) & (block < last), score, MASKED)
     return 0
 
   lax.fori_loop(first // ROWS, pl.cdiv(last, ROWS), chunk, 0)
@@ -68,7 +68,7 @@ def pick(score_ref, picked_ref, first, last):
   """Writes the best blocks, ascending, -1 at the end; destroys the scores.
 
   Args:
-    score_ref: f32 [C, bq], C a multiple of `ROWS`; `HIDDEN` where a block is no candidate.
+    score_ref: f32 [C, bq], C a multiple of `ROWS`; `MASKED` where a block is no candidate.
     picked_ref: i32 [P, bq].
     first: first visible block; last: one past the last.
   """
@@ -82,7 +82,7 @@ def pick(score_ref, picked_ref, first, last):
       rows = pl.ds(pl.multiple_of(c * ROWS, ROWS), ROWS)
       eights = [c * (ROWS // 8) + i for i in range(ROWS // 8)]
       scores = score_ref[rows, :]
-      scores = [jnp.where(struck == eight, HIDDEN, scores[8 * i:8 * i + 8])
+      scores = [jnp.where(struck == eight, MASKED, scores[8 * i:8 * i + 8])
                 for i, eight in enumerate(eights)]
       score_ref[rows, :] = jnp.concatenate(scores)
       for eight, score in zip(eights, scores):
@@ -90,7 +90,7 @@ def pick(score_ref, picked_ref, first, last):
         best, where = jnp.where(better, score, best), jnp.where(better, eight, where)
       return best, where
 
-    start = jnp.full((8, tile), LOWEST), jnp.full((8, tile), NONE, jnp.int32)
+    start = jnp.full((8, tile), INITIAL_MAX), jnp.full((8, tile), NONE, jnp.int32)
     best, where = lax.fori_loop(first // ROWS, pl.cdiv(last, ROWS), chunk, start)
     block = jnp.where(where == NONE, NONE, where * 8 + sublane)
     top = best == best.max(axis=0, keepdims=True)

@@ -1,26 +1,50 @@
 """Attention of any length, head dim and group size on TPU: tile sizes, padding, gradients of sinks.
 
 What `oracle_attention` and `sliding_window_attention` share. Sizes are chosen from the VMEM of the
-core that is compiled for; T is padded to whole tiles with tokens that nobody sees, head dims to
-multiples of 128 with zeros.
+core that is compiled for; queries and keys are padded to whole tiles, whose padding is masked, head
+dims to multiples of 128 with zeros.
 """
 
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tpu
-from pallas_kernels.causal_attention_tpu import backward as tpu_attention_backward
-from pallas_kernels.causal_attention_tpu import block_topk as tpu_block_picks
-from pallas_kernels.causal_attention_tpu import forward as tpu_attention_forward
+from pallas_kernels.causal_attention_tpu import backward as backward_kernel
+from pallas_kernels.causal_attention_tpu import block_topk
+from pallas_kernels.causal_attention_tpu import forward as forward_kernel
 from pallas_kernels.causal_attention_tpu.backward import BackwardTiles
 from pallas_kernels.causal_attention_tpu.forward import ForwardTiles
 from pallas_kernels.checks import NotCoveredError
+from pallas_kernels.softmax import EMPTY_LSE
 
-LARGEST_FORWARD = ForwardTiles(queries=512, keys=1024, heads=4)
-LARGEST_BACKWARD = BackwardTiles(queries=512, keys=512, chunk=8192, heads=4)
+LARGEST_FORWARD = ForwardTiles(block_q=512, block_kv=1024, heads=4)
+LARGEST_BACKWARD = BackwardTiles(block_q=512, block_kv=512, chunk=8192, heads=4)
 MAX_HEAD_DIM = 256
 MAX_KEYS = 2048               # per key tile
+
+
+class Placement(NamedTuple):
+  """Where queries and keys stand: the arrays of it; None where there is none.
+
+  Attributes:
+    segment_ids: i32 [B,T], the queries' documents.
+    kv_segment_ids: i32 [B,S], the keys' documents.
+    offsets: i32 [B], the key index of query 0 of each row; None: a Python int, passed apart.
+  """
+
+  segment_ids: jax.Array | None
+  kv_segment_ids: jax.Array | None
+  offsets: jax.Array | None
+
+  @classmethod
+  def of(cls, segment_ids, kv_segment_ids, query_offset):
+    """(Placement, query_offset int or None) of the arguments of an op."""
+    if isinstance(query_offset, int):
+      return cls(segment_ids, kv_segment_ids, None), query_offset
+    return cls(segment_ids, kv_segment_ids, query_offset), None
 
 
 def round_up(n, multiple):
@@ -59,12 +83,13 @@ def key_unit(op, block_size, num_blocks):
   return unit
 
 
-def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=None,
+def forward_tiles(num_queries, num_keys, group, unit, *, block_size=64, num_blocks=0, window=None,
                   vmem_bytes=None):
   """`ForwardTiles` for a core.
 
   Args:
-    tokens: T.
+    num_queries: T.
+    num_keys: S.
     group: G.
     unit: of `key_unit`.
     block_size: keys per block; num_blocks: P.
@@ -72,44 +97,47 @@ def forward_tiles(tokens, group, unit, *, block_size=64, num_blocks=0, window=No
     vmem_bytes: of the core; None is the one that is compiled for.
   """
   heads = largest_divisor(group, LARGEST_FORWARD.heads)
-  queries = min(LARGEST_FORWARD.queries, tile_of(tokens))
-  keys = max(LARGEST_FORWARD.keys // unit, 1) * unit
+  block_q = min(LARGEST_FORWARD.block_q, tile_of(num_queries))
+  block_kv = max(LARGEST_FORWARD.block_kv // unit, 1) * unit
   if window is not None:                      # about a band each way: more would be masked away
-    queries = min(queries, max(256, tile_of(window)))
-    keys = min(keys, tile_of(window))
-  keys = min(keys, round_up(tokens, math.lcm(unit, queries)))
+    block_q = min(block_q, max(256, tile_of(window)))
+    block_kv = min(block_kv, tile_of(window))
+  block_kv = min(block_kv, round_up(num_keys, unit))
   if num_blocks:
-    rows = round_up(-(-tokens // block_size), tpu_block_picks.ROWS)
+    rows = round_up(-(-num_keys // block_size), block_topk.ROWS)
     # The rest is for two of each tile and for spilled registers.
     budget = (vmem_bytes or tpu.vmem_bytes()) * 3 // 5
-    size = lambda: 4 * rows * queries * (heads + (heads < group))
+    size = lambda: 4 * rows * block_q * (heads + (heads < group))
     while size() > budget and heads > 1:
       heads = largest_divisor(group, heads - 1)
-    while size() > budget and queries > 128:
-      queries //= 2
+    while size() > budget and block_q > 128:
+      block_q //= 2
     if size() > budget:
       raise NotCoveredError(
-        f"oracle_attention mosaic_tpu: T={tokens} has {rows} blocks of {block_size}, whose scores "
-        f"take {size()} bytes of VMEM; wanted at most {budget}; use larger blocks")
-  halves = keys % (2 * unit) == 0
-  return ForwardTiles(queries=queries, keys=keys, heads=heads, piece=keys // 2 if halves else keys)
+        f"oracle_attention mosaic_tpu: S={num_keys} has {rows} blocks of {block_size}, whose "
+        f"scores take {size()} bytes of VMEM; wanted at most {budget}; use larger blocks")
+  halves = block_kv % (2 * unit) == 0
+  return ForwardTiles(block_q=block_q, block_kv=block_kv, heads=heads,
+                      block_kv_compute=block_kv // 2 if halves else block_kv)
 
 
-def backward_tiles(tokens, group, head_dim, dtype, window=None):
-  """`BackwardTiles` for T tokens of the largest head dim: a few chunks of equal size."""
+def backward_tiles(num_queries, num_keys, group, head_dim, dtype, window=None):
+  """`BackwardTiles` for T queries and S keys of the largest head dim: a few equal chunks."""
   heads = largest_divisor(group, LARGEST_BACKWARD.heads)
-  queries = min(LARGEST_BACKWARD.queries, tile_of(tokens))
-  keys, unroll = min(LARGEST_BACKWARD.keys, queries), 1
+  block_q, unroll = min(LARGEST_BACKWARD.block_q, tile_of(num_queries)), 1
+  block_kv = min(LARGEST_BACKWARD.block_kv, tile_of(num_keys))
   if window is not None:
-    queries = min(queries, max(256, tile_of(window)))
-    keys, unroll = min(queries, tile_of(window)), heads
+    block_q = min(block_q, max(256, tile_of(window)))
+    block_kv, unroll = min(block_kv, tile_of(window)), heads
   # A chunk of 8192 keys of 128 bfloat16 takes 25 MB: K, V, dK, dV twice, and float32 sums.
   largest = LARGEST_BACKWARD.chunk // (round_up(head_dim, 128) // 128)
   if jnp.dtype(dtype) == jnp.float32:
     largest //= 2
-  largest = max(largest, queries)
-  chunk = round_up(-(-tokens // -(-tokens // largest)), queries)
-  return BackwardTiles(queries=queries, keys=keys, chunk=chunk, heads=heads, unroll=unroll)
+  largest = max(largest, block_kv)
+  # Whole query tiles too: without an offset the query tiles then begin with the chunk.
+  whole = max(block_kv, min(block_q, tile_of(num_keys)))
+  chunk = round_up(-(-num_keys // -(-num_keys // largest)), whole)
+  return BackwardTiles(block_q=block_q, block_kv=block_kv, chunk=chunk, heads=heads, unroll=unroll)
 
 
 def largest_divisor(n, limit):
@@ -126,52 +154,68 @@ def pad(x, tokens, width=None):
   return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
-def pad_all(q, k, v, segment_ids, multiple):
-  """q, k, v and the segments with T a multiple of `multiple` and heads whole lanes."""
-  tokens = round_up(q.shape[1], multiple)
+def _padded(q, k, v, placement, query_offset, block_q, block_kv):
+  """q, k and v of whole tiles and whole lanes, and what the kernels need to know of them."""
+  num_queries, num_keys = q.shape[1], k.shape[1]
+  padded_queries, padded_keys = round_up(num_queries, block_q), round_up(num_keys, block_kv)
   width = round_up(max(q.shape[-1], v.shape[-1]), tpu.LANES)
-  segments = None if segment_ids is None else pad(segment_ids, tokens)
-  return (*(pad(x, tokens, width) for x in (q, k, v)), segments)
+  offsets, segments = placement.offsets, {}
+  if offsets is None:
+    offsets = jnp.full((q.shape[0],), query_offset, jnp.int32)
+  if placement.segment_ids is not None:
+    segments = {"segment_ids": pad(placement.segment_ids, padded_queries),
+                "kv_segment_ids": pad(placement.kv_segment_ids, padded_keys)}
+  may_pass_end = query_offset is None or query_offset + num_queries > num_keys
+  return (pad(q, padded_queries, width), pad(k, padded_keys, width), pad(v, padded_keys, width),
+          segments | {"num_keys": num_keys, "query_offset": query_offset, "offsets": offsets,
+                      "may_pass_end": may_pass_end})
 
 
-def forward(q, k, v, segment_ids, sinks, *, tiles, **options):
-  """`tpu_attention_forward.forward` at any T, H and E.
+def forward(q, k, v, placement, sinks, *, query_offset, tiles, **options):
+  """`forward.forward` at any T, S, H and E.
 
   Args:
-    q: [B,T,N,H]. k: [B,T,K,H]. v: [B,T,K,E].
-    segment_ids: i32 [B,T] or None.
+    q: [B,T,N,H].
+    k: [B,S,K,H].
+    v: [B,S,K,E].
+    placement: `Placement`.
     sinks: f32 [N] or None.
+    query_offset: int; None where `placement.offsets` is given.
     tiles: `ForwardTiles`.
     **options: scale, window, block_size, num_blocks, interpret.
 
   Returns:
-    out [B,T,N,E], lse f32 [B,N,T], picked i32 [B,K,T,P] or None.
+    out [B,T,N,E], lse f32 [B,N,T] (natural, -inf in a row that sees nothing), picked i32 [B,K,T,P]
+    or None.
   """
   tokens, v_dim = q.shape[1], v.shape[-1]
-  multiple = math.lcm(tiles.queries, tiles.keys)
-  q, k, v, segment_ids = pad_all(q, k, v, segment_ids, multiple)
-  out, lse, picked = tpu_attention_forward.forward(
-    q, k, v, tiles=tiles, segment_ids=segment_ids, sinks=sinks, **options)
+  q, k, v, known = _padded(q, k, v, placement, query_offset, tiles.block_q, tiles.block_kv)
+  out, lse, picked = forward_kernel.forward(q, k, v, tiles=tiles, sinks=sinks, **known, **options)
   if picked is not None:
     picked = picked[..., :tokens].swapaxes(2, 3)
   return out[:, :tokens, :, :v_dim], lse[..., :tokens], picked
 
 
-def backward(q, k, v, segment_ids, sinks, out, lse, grad_out, *, tiles, **options):
-  """(dq, dk, dv, dsinks) at any T, H and E; see `forward`.
+def backward(q, k, v, placement, sinks, out, lse, grad_out, *, query_offset, tiles, **options):
+  """(dq, dk, dv, dsinks) at any T, S, H and E; see `forward`.
 
   With the sinks in lse, p and delta are those of the softmax over keys and sink, so the keys need
   nothing else, and dsinks[n] = -sum_{b,t} exp(sink_n - lse) delta.
   """
+  shapes = [x.shape for x in (q, k, v)]
   tokens = q.shape[1]
-  dims = q.shape[-1], k.shape[-1], v.shape[-1]
-  q, k, v, segment_ids = pad_all(q, k, v, segment_ids, tiles.chunk)
+  q, k, v, known = _padded(q, k, v, placement, query_offset, tiles.block_q, tiles.chunk)
   out, grad_out = (pad(x, q.shape[1], q.shape[-1]) for x in (out, grad_out))
   long_lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q.shape[1] - tokens)))
-  *grads, delta = tpu_attention_backward.backward(
-    q, k, v, out, long_lse, grad_out, tiles=tiles, segment_ids=segment_ids, **options)
-  dq, dk, dv = (x[:, :tokens, :, :dim] for x, dim in zip(grads, dims))
-  dsinks = None
-  if sinks is not None:
-    dsinks = -(jnp.exp(sinks[:, None] - lse) * delta[..., :tokens]).sum((0, 2))
-  return dq, dk, dv, dsinks
+  *grads, delta = backward_kernel.backward(
+    q, k, v, out, long_lse, grad_out, tiles=tiles, **known, **options)
+  dq, dk, dv = (x[:, :shape[1], :, :shape[3]] for x, shape in zip(grads, shapes))
+  return dq, dk, dv, sink_gradient(sinks, lse, delta[..., :tokens])
+
+
+def sink_gradient(sinks, lse, delta):
+  """f32 [N] of sinks f32 [N], or None; lse f32 [B,N,T] and delta f32 [B,N,T] as in `backward`."""
+  if sinks is None:
+    return None
+  share = jnp.where(lse == EMPTY_LSE, 0.0, jnp.exp(sinks[:, None] - lse))
+  return -(share * delta).sum((0, 2))

@@ -12,11 +12,12 @@ from pallas_kernels.block_sparse_attention.gpu.key_major import LOG2E, visible
 @triton.jit
 def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr, block_ptr,
                     start_ptr, end_ptr, first_ptr, segment_ptr, kv_segment_ptr, offset_ptr,
-                    first_row, dq_ptr, dk_ptr, dv_ptr, W: tl.constexpr, E: tl.constexpr,
+                    _old_dq_ptr, _old_dk_ptr, _old_dv_ptr, first_row, dq_ptr, dk_ptr, dv_ptr,
+                    W: tl.constexpr, E: tl.constexpr,
                     T: tl.constexpr, S: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
                     H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, TOKENS: tl.constexpr,
                     SCALE: tl.constexpr, OFFSET: tl.constexpr, KEYS: tl.constexpr,
-                    WINDOW: tl.constexpr, SEGMENTED: tl.constexpr):
+                    WINDOW: tl.constexpr, LAUNCH: tl.constexpr):
   """dK and dV of one program's selections of one block, and each selection's part of dQ."""
   part_row = tl.program_id(1).to(tl.int64)
   row = first_row + part_row
@@ -31,12 +32,14 @@ def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr
   key = tl.load(block_ptr + program) * 64 + local
   d = tl.arange(0, H)
   kv_at = ((batch * S + key) * K + kv)[:, None] * H + d[None, :]
-  keys = tl.load(k_ptr + kv_at)
-  values = tl.load(v_ptr + kv_at)
   entries = entry_ptr + row * E
   theirs = key
-  if SEGMENTED:
+  if LAUNCH != 0:
     theirs = tl.load(kv_segment_ptr + batch * S + key)
+    if (tl.min(theirs, 0) != tl.max(theirs, 0)) != (LAUNCH == 2):
+      return
+  keys = tl.load(k_ptr + kv_at)
+  values = tl.load(v_ptr + kv_at)
   lane = tl.arange(0, TOKENS * G)
   head = lane % G
   dkeys = tl.zeros([64, H], tl.float32)
@@ -53,7 +56,7 @@ def backward_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, entry_ptr
     delta = tl.load(delta_ptr + query)
     scores = tl.dot(queries, tl.trans(keys)) * (SCALE * LOG2E)
     see = visible(token, key, batch, theirs, segment_ptr, offset_ptr, T, OFFSET, KEYS, WINDOW,
-                  SEGMENTED) & live[:, None]
+                  LAUNCH) & live[:, None]
     weights = tl.where(see, tl.exp2(scores - lse[:, None]), 0.0)
     dvalues += tl.dot(tl.trans(weights.to(values.dtype)), douts)
     dscores = weights * (tl.dot(douts, tl.trans(values)) - delta[:, None])
@@ -141,17 +144,22 @@ def backward(q, k, v, dout, lse, delta, plan, visibility, *, scale):
   programs = work.starts.shape[-1]
   tokens = max(config.combine_rows // group, 1)
   parts = jax.ShapeDtypeStruct((each, programs, 64, h), jnp.float32)
-  dq, dkv = (), ()
+  dq, dkv, none = (), (), jnp.zeros((1,), q.dtype)
   for first_row in range(0, rows, each):
     if first_row:
       q, k, v = key_major.after((q, k, v), (dq, dkv))
-    dq_part, dk_part, dv_part = key_major.call(
-      backward_kernel, q, k, v, dout, lse, delta, plan.entries, work.block, work.starts,
-      work.ends, work.first, *masks, first_row,
-      out_shape=(jax.ShapeDtypeStruct((each, entries, group, h), q.dtype), parts, parts),
-      grid=(programs, each), num_warps=config.backward_warps,
-      num_stages=config.backward_stages, W=programs, E=plan.entries.shape[-1], SCALE=float(scale),
-      TOKENS=max(config.backward_rows // group, 1), **constants, **sizes)
+    found = ()
+    for launch in key_major.launches(visibility):
+      found = key_major.call(
+        backward_kernel, q, k, v, dout, lse, delta, plan.entries, work.block, work.starts,
+        work.ends, work.first, *masks, *(found or (none, none, none)), first_row,
+        out_shape=(jax.ShapeDtypeStruct((each, entries, group, h), q.dtype), parts, parts),
+        input_output_aliases={14: 0, 15: 1, 16: 2} if found else None,
+        grid=(programs, each), num_warps=config.backward_warps,
+        num_stages=config.backward_stages, W=programs, E=plan.entries.shape[-1],
+        SCALE=float(scale), TOKENS=max(config.backward_rows // group, 1), LAUNCH=launch,
+        **constants, **sizes)
+    dq_part, dk_part, dv_part = found
     dq = (key_major.call(
       sum_queries_kernel, dq_part, plan.valid, *(dq or (jnp.zeros((1,), q.dtype),)), first_row,
       out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),

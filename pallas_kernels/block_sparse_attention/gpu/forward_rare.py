@@ -20,11 +20,12 @@ from pallas_kernels.block_sparse_attention.gpu.key_major import (
 
 @triton.jit
 def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, block_ptr, start_ptr, end_ptr, first_ptr,
-                   segment_ptr, kv_segment_ptr, offset_ptr, first_row, part_ptr, lse_ptr,
+                   segment_ptr, kv_segment_ptr, offset_ptr, _old_part_ptr, _old_lse_ptr, first_row,
+                   part_ptr, lse_ptr,
                    W: tl.constexpr, E: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
                    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
                    C: tl.constexpr, TOKENS: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr,
-                   KEYS: tl.constexpr, WINDOW: tl.constexpr, SEGMENTED: tl.constexpr):
+                   KEYS: tl.constexpr, WINDOW: tl.constexpr, LAUNCH: tl.constexpr):
   """Partial outputs and log-sum-exps of one program's selections of one block.
 
   A token's parts are stored side by side, one for each of its rare selections.
@@ -41,12 +42,14 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, block_ptr, start_ptr, end_ptr
   key = tl.load(block_ptr + program) * 64 + tl.arange(0, 64)
   d = tl.arange(0, H)
   kv_at = ((batch * S + key) * K + kv)[:, None] * H + d[None, :]
-  keys = tl.load(k_ptr + kv_at)
-  values = tl.load(v_ptr + kv_at)
   entries = entry_ptr + row * E
   theirs = key
-  if SEGMENTED:
+  if LAUNCH != 0:
     theirs = tl.load(kv_segment_ptr + batch * S + key)
+    if (tl.min(theirs, 0) != tl.max(theirs, 0)) != (LAUNCH == 2):
+      return
+  keys = tl.load(k_ptr + kv_at)
+  values = tl.load(v_ptr + kv_at)
   lane = tl.arange(0, TOKENS * G)
   head = lane % G
   for base in range(start, end, TOKENS):
@@ -58,7 +61,7 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, entry_ptr, block_ptr, start_ptr, end_ptr
     queries = tl.load(q_ptr + query[:, None] * H + d[None, :])
     scores = tl.dot(queries, tl.trans(keys)) * (SCALE * LOG2E)
     see = visible(token, key, batch, theirs, segment_ptr, offset_ptr, T, OFFSET, KEYS, WINDOW,
-                  SEGMENTED)
+                  LAUNCH)
     scores = tl.where(see, scores, MASKED)
     m = tl.maximum(tl.max(scores, 1), M_FLOOR)
     weights = tl.exp2(scores - m[:, None])
@@ -215,14 +218,19 @@ def forward(q, k, v, plan, visibility, *, scale, hot=None, sinks=None, gates=Non
   for first_row in range(0, rows, each):
     if first_row:
       q, k, v = key_major.after((q, k, v), (out, lse))
-    part, part_lse = key_major.call(
-      forward_kernel, q, k, v, plan.entries, work.block, work.starts, work.ends, work.first,
-      *masks, first_row,
-      out_shape=(jax.ShapeDtypeStruct((each, entries, group, sizes["H"]), q.dtype),
-                 jax.ShapeDtypeStruct((each, entries, group), jnp.float32)),
-      grid=(work.starts.shape[-1], each), num_warps=config.forward_warps,
-      num_stages=config.forward_stages, W=work.starts.shape[-1], E=plan.entries.shape[-1],
-      SCALE=float(scale), TOKENS=max(config.forward_rows // group, 1), **constants, **sizes)
+    found = ()
+    for launch in key_major.launches(visibility):
+      found = key_major.call(
+        forward_kernel, q, k, v, plan.entries, work.block, work.starts, work.ends, work.first,
+        *masks, *(found or (none, none)), first_row,
+        out_shape=(jax.ShapeDtypeStruct((each, entries, group, sizes["H"]), q.dtype),
+                   jax.ShapeDtypeStruct((each, entries, group), jnp.float32)),
+        input_output_aliases={11: 0, 12: 1} if found else None,
+        grid=(work.starts.shape[-1], each), num_warps=config.forward_warps,
+        num_stages=config.forward_stages, W=work.starts.shape[-1], E=plan.entries.shape[-1],
+        SCALE=float(scale), TOKENS=max(config.forward_rows // group, 1), LAUNCH=launch,
+        **constants, **sizes)
+    part, part_lse = found
     aliases = ({} if lse is None else {8: 1}) | ({} if out is None else {9: 0})
     combine_sizes = {name: sizes[name] for name in "TKGHP"}
     out, lse, kept = key_major.call(

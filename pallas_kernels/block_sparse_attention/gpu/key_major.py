@@ -25,6 +25,11 @@ MASKED = tl.constexpr(softmax.MASKED)
 EMPTY_LSE = tl.constexpr(softmax.EMPTY_LSE)
 M_FLOOR = tl.constexpr(-1e20)       # of a running maximum
 
+# Which blocks a launch takes. With segments there are two launches: one for the blocks that lie
+# within one segment, which compares it once a row, and one for the few others, which compares every
+# score. (Both in one kernel take the shared memory of both.)
+ALL_BLOCKS, WHOLE_BLOCKS, MIXED_BLOCKS = 0, 1, 2
+
 
 @dataclasses.dataclass(frozen=True)
 class KeyMajorConfig:
@@ -50,8 +55,8 @@ class KeyMajorConfig:
 @triton.jit
 def visible(token, key, batch, theirs, segment_ptr, offset_ptr, T: tl.constexpr,
             OFFSET: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr,
-            SEGMENTED: tl.constexpr):
-  """bool [rows, 64]: whether each token may see each key.
+            LAUNCH: tl.constexpr):
+  """bool [rows, 64]: whether each token may see each key, in a launch for ALL_BLOCKS and so on.
 
   token i32 [rows]; key i32 [64]; theirs i32 [64], the keys' segments. OFFSET: the key index of
   query 0, -1: at offset_ptr [B]. KEYS: of positions past the last key, their number, else 0.
@@ -64,13 +69,15 @@ def visible(token, key, batch, theirs, segment_ptr, offset_ptr, T: tl.constexpr,
   bound = position
   if KEYS > 0:
     bound = tl.minimum(bound, KEYS - 1)
-  if SEGMENTED:
+  if LAUNCH != 0:
     mine = tl.load(segment_ptr + batch * T + token)
     bound = tl.where(mine == 0, -1, bound)
+    if LAUNCH == 1:
+      bound = tl.where(mine == tl.max(theirs, 0), bound, -1)
   see = key[None, :] <= bound[:, None]
   if WINDOW > 0:
     see = see & (position[:, None] < key[None, :] + WINDOW)
-  if SEGMENTED:
+  if LAUNCH == 2:
     see = see & (mine[:, None] == theirs[None, :])
   return see
 
@@ -98,7 +105,12 @@ def visible_inputs(visible):
             none if visible.offsets is None else visible.offsets)
   return arrays, dict(OFFSET=-1 if visible.offset is None else visible.offset,
                       KEYS=visible.num_keys if visible.beyond else 0,
-                      WINDOW=visible.window or 0, SEGMENTED=has_segments)
+                      WINDOW=visible.window or 0)
+
+
+def launches(visible):
+  """The launches that take all blocks."""
+  return (ALL_BLOCKS,) if visible.segment_ids is None else (WHOLE_BLOCKS, MIXED_BLOCKS)
 
 
 def rows_per_pass(q, rows, sizes, config):

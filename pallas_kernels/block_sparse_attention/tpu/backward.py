@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention.tpu import schedule
-from pallas_kernels.block_sparse_attention.tpu.schedule import dot, f32
+from pallas_kernels.block_sparse_attention.tpu.schedule import f32
+from pallas_kernels.tpu import dot
 
 
 def _accumulate(refs, walk, state, scores, dweights, dtype):
@@ -33,9 +34,9 @@ def _accumulate(refs, walk, state, scores, dweights, dtype):
     weights.append(w.astype(dtype))
     dscores.append(ds.astype(dtype))
   weights, dscores = jnp.concatenate(weights, axis=0), jnp.concatenate(dscores, axis=0)
-  dv = dot(weights, walk.rows(refs.dout, tile), (1, 0), dtype)
-  dk = dot(dscores, walk.rows(refs.q, tile), (1, 0), dtype)
-  refs.acc[tile] += dot(walk.keys(refs.k, entries), dscores, (0, 0), dtype)
+  dv = dot(weights, walk.rows(refs.dout, tile), (1, 0))
+  dk = dot(dscores, walk.rows(refs.q, tile), (1, 0))
+  refs.acc[tile] += dot(walk.keys(refs.k, entries), dscores, (0, 0))
   for e, (_, row, _) in enumerate(entries):
     at, part = pl.ds(row, size), slice(e * size, (e + 1) * size)
     refs.dv[0, at, :] += dv[part]
@@ -43,7 +44,7 @@ def _accumulate(refs, walk, state, scores, dweights, dtype):
 
 
 def _kernel(refs, config, sizes, scale):
-  walk = schedule.Walk(refs, config, sizes)
+  walk = schedule.ListWalk(refs, config, sizes)
   dtype, tiles = refs.k.dtype, config.tiles_per_program
 
   @pl.when(pl.program_id(1) == 0)
@@ -59,8 +60,8 @@ def _kernel(refs, config, sizes, scale):
 
   def products(state):
     entries = walk.entries(state)
-    return (dot(walk.keys(refs.k, entries), walk.rows(refs.q, state[0]), (1, 1), dtype),
-            dot(walk.keys(refs.v, entries), walk.rows(refs.dout, state[0]), (1, 1), dtype))
+    return (dot(walk.keys(refs.k, entries), walk.rows(refs.q, state[0]), (1, 1)),
+            dot(walk.keys(refs.v, entries), walk.rows(refs.dout, state[0]), (1, 1)))
 
   walk.loop((refs.scores, refs.dweights), products,
             lambda state, s, dw: _accumulate(refs, walk, state, s, dw, dtype))
@@ -75,13 +76,13 @@ def _kernel(refs, config, sizes, scale):
 
 
 def backward(q, k, v, dout, lse, delta, plan, config, *, segment_blocks, scale, segment_ids=None,
-             interpret=False, vmem_limit=None):
+             kv_segment_ids=None, interpret=False, vmem_limit=None):
   """Gradients of `forward`.
 
   Args:
-    q, k, v, plan, config, segment_blocks, segment_ids: as there.
+    q, k, v, plan, config, segment_blocks, segment_ids, kv_segment_ids: as there.
     dout: [B*K, T'*G', E] in k's dtype.
-    lse: f32 [B*K, C, tiles, R] in log2, of all keys and the sink.
+    lse: f32 [B*K, C, tiles, R] of `schedule.log2_lse`, of all keys and the sink.
     delta: the same shape, sum over E of out * dout.
     scale: of the logits.
 
@@ -107,7 +108,8 @@ def backward(q, k, v, dout, lse, delta, plan, config, *, segment_blocks, scale, 
       "v": (v, schedule.resident(sizes.key_rows, width, segment)),
     }
     operands |= schedule.segment_operands(
-      segment_ids, config, sizes, plan.counts.shape[1], q.shape[1] // sizes.group, key_tokens)
+      segment_ids, kv_segment_ids, config, sizes, plan.counts.shape[1],
+      q.shape[1] // sizes.group, key_tokens)
     acc = pl.BlockSpec((1, 1, tiles, head_dim, rows), lambda h, c: (h, c, 0, 0, 0))
     if state is not None:
       operands["acc_in"] = state, acc

@@ -1,10 +1,10 @@
-"""Block-sparse attention on TPU, forward: tiles of queries against the union of their picks.
+"""Block-sparse attention on TPU, forward: tiles of queries against the union of their blocks.
 
 Scores are kept transposed, keys in sublanes and (token, head) rows in lanes: the softmax reduces
 over sublanes, membership is one [1,R] row a block, and log-sum-exp comes out in lanes. One KV
 head's keys and values stay in VMEM and are sliced by block number.
 
-    body w:   scores of body w + 1      (matrix units; or fewer steps ahead, see `Walk.loop`)
+    body w:   scores of body w + 1      (matrix units; or fewer steps ahead, see `ListWalk.loop`)
               softmax of body w         (vector units, meanwhile)
               values of body w          (matrix units, as weights become ready)
 
@@ -22,9 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_attention.tpu import schedule
-from pallas_kernels.block_sparse_attention.tpu.schedule import EMPTY, dot, f32
+from pallas_kernels.block_sparse_attention.tpu.schedule import f32
+from pallas_kernels.softmax import EMPTY_LSE, INITIAL_MAX, LN2
+from pallas_kernels.tpu import dot
 
-STATE = ("acc", "top", "total")
+STATE = ("acc", "m", "l")     # f32 [tiles+1, E, R], [tiles+1, 8, R] twice: l in eight partial sums
 
 
 def _attend(refs, walk, state, scores, dtype):
@@ -33,18 +35,18 @@ def _attend(refs, walk, state, scores, dtype):
   entries = walk.entries(state)
   scores = walk.masked(scores, tile, entries)
   biases = walk.biases(entries)
-  top = scores[0].max(0) + biases[0]
+  m = scores[0].max(0) + biases[0]
   for s, bias in zip(scores[1:], biases[1:]):
-    top = jnp.maximum(top, s.max(0) + bias)
-  before = refs.top[tile]
-  top = jnp.maximum(before, jnp.broadcast_to(top.max(0, keepdims=True), before.shape))
-  refs.top[tile] = top
-  shrink = jnp.exp2(before - top)
-  weights = [jnp.exp2(s + (bias - top)[None]) for s, bias in zip(scores, biases)]
-  refs.total[tile] = refs.total[tile] * shrink + sum(w.sum(0) for w in weights)
+    m = jnp.maximum(m, s.max(0) + bias)
+  m_before = refs.m[tile]
+  m = jnp.maximum(m_before, jnp.broadcast_to(m.max(0, keepdims=True), m_before.shape))
+  refs.m[tile] = m
+  alpha = jnp.exp2(m_before - m)
+  weights = [jnp.exp2(s + (bias - m)[None]) for s, bias in zip(scores, biases)]
+  refs.l[tile] = refs.l[tile] * alpha + sum(w.sum(0) for w in weights)
   weights = [w.reshape(sizes.block_size, sizes.rows).astype(dtype) for w in weights]
-  values = dot(walk.keys(refs.v, entries), jnp.concatenate(weights, axis=0), (0, 0), dtype)
-  acc = refs.acc[tile].reshape(-1, 8, sizes.rows) * shrink[None]
+  values = dot(walk.keys(refs.v, entries), jnp.concatenate(weights, axis=0), (0, 0))
+  acc = refs.acc[tile].reshape(-1, 8, sizes.rows) * alpha[None]
   refs.acc[tile] = acc.reshape(values.shape) + values
 
 
@@ -56,29 +58,28 @@ def _start(refs, walk):
       getattr(refs, name)[:tiles] = getattr(refs, name + "_in")[0, 0]
       getattr(refs, name)[tiles] = jnp.zeros_like(getattr(refs, name)[tiles])
     return
-  shape = refs.top.shape
+  shape = refs.m.shape
   refs.acc[...] = jnp.zeros_like(refs.acc)
   if not hasattr(refs, "sinks"):
-    refs.top[...] = jnp.full(shape, EMPTY, jnp.float32)
-    refs.total[...] = jnp.zeros(shape, jnp.float32)
+    refs.m[...] = jnp.full(shape, INITIAL_MAX, jnp.float32)
+    refs.l[...] = jnp.zeros(shape, jnp.float32)
     return
   sinks = refs.sinks[0]                                    # [1,R]
-  top = jnp.maximum(sinks, EMPTY)
+  m = jnp.maximum(sinks, INITIAL_MAX)
   one_row = lax.broadcasted_iota(jnp.int32, shape[1:], 0) == 0
-  refs.top[...] = jnp.broadcast_to(top[None], shape)
-  refs.total[...] = jnp.broadcast_to(jnp.where(one_row, jnp.exp2(sinks - top), 0.0)[None], shape)
+  refs.m[...] = jnp.broadcast_to(m[None], shape)
+  refs.l[...] = jnp.broadcast_to(jnp.where(one_row, jnp.exp2(sinks - m), 0.0)[None], shape)
 
 
-def normalized(acc, top, total):
-  """(acc [E,R] over its sum, log2-sum-exp [1,R]) of running maximum and sum [8,R].
+def normalized(acc, m, row_sum):
+  """(acc [E,R] over the row sums, natural log-sum-exp [1,R]) of maxima [1,R] and sums [1,R].
 
-  A row that saw nothing has 0 and EMPTY.
+  A row that saw nothing has 0 and `EMPTY_LSE`.
   """
-  total = total.sum(0, keepdims=True)
-  seen = total > 0
-  total = jnp.where(seen, total, 1.0)
-  lse = jnp.where(seen, top[:1] + jnp.log2(total), EMPTY)
-  return acc * jnp.where(seen, 1.0 / total, 0.0), lse
+  seen = row_sum > 0
+  row_sum = jnp.where(seen, row_sum, 1.0)
+  lse = jnp.where(seen, (m + jnp.log2(row_sum)) * LN2, EMPTY_LSE)
+  return acc * jnp.where(seen, 1.0 / row_sum, 0.0), lse
 
 
 def _finish(refs, walk, epilogue):
@@ -93,7 +94,8 @@ def _finish(refs, walk, epilogue):
 
   @pl.loop(0, tiles, unroll=together)
   def _(tile):
-    out, lse = normalized(refs.acc[tile], refs.top[tile], refs.total[tile])
+    out, lse = normalized(refs.acc[tile], refs.m[tile][:1],
+                          refs.l[tile].sum(0, keepdims=True))
     refs.lse[0, 0, pl.ds(tile, 1), :] = lse
     at = pl.ds(pl.multiple_of(tile * rows, rows), rows)
     if epilogue is not None:
@@ -103,17 +105,16 @@ def _finish(refs, walk, epilogue):
 
 
 def _kernel(refs, config, sizes, epilogue):
-  walk = schedule.Walk(refs, config, sizes)
-  dtype = refs.k.dtype
+  walk = schedule.ListWalk(refs, config, sizes)
 
   def scores(state):
     entries = walk.entries(state)
-    return (dot(walk.keys(refs.k, entries), walk.rows(refs.q, state[0]), (1, 1), dtype),)
+    return (dot(walk.keys(refs.k, entries), walk.rows(refs.q, state[0]), (1, 1)),)
 
   _start(refs, walk)
   if epilogue is not None:
     epilogue.start(refs)
-  walk.loop((refs.scores,), scores, lambda state, s: _attend(refs, walk, state, s, dtype))
+  walk.loop((refs.scores,), scores, lambda state, s: _attend(refs, walk, state, s, refs.v.dtype))
   _finish(refs, walk, epilogue)
 
 
@@ -123,7 +124,8 @@ def _state_specs(tiles, shapes):
 
 
 def forward(q, k, v, plan, config, *, segment_blocks, sinks=None, segment_ids=None,
-            epilogue=None, interpret=False, vmem_limit=None):
+            kv_segment_ids=None, epilogue=None, interpret=False,
+            vmem_limit=None):
   """Attention of each row over its tile's list.
 
   Args:
@@ -133,11 +135,12 @@ def forward(q, k, v, plan, config, *, segment_blocks, sinks=None, segment_ids=No
     segment_blocks: blocks of keys resident in VMEM.
     sinks: f32 [K,G'] times log2(e), or None.
     segment_ids: i32 [B,T] or None.
-    epilogue: what finishes a tile in the last launch instead of writing `out`; see
-      hybrid_sparse_attention.
+    kv_segment_ids: i32 [B,S] or None; given with segment_ids.
+    epilogue: what finishes a tile in the last launch instead of writing `out`; see the op
+      `sparse_layer_attention`.
 
   Returns:
-    {"out": [B*K, T'*G', E] in v's dtype, "lse": f32 [B*K, C, tiles, R] in log2}, or the
+    {"out": [B*K, T'*G', E] in v's dtype, "lse": f32 [B*K, C, tiles, R], natural}, or the
     epilogue's outputs with lse.
   """
   heads, key_tokens, width = v.shape
@@ -155,8 +158,8 @@ def forward(q, k, v, plan, config, *, segment_blocks, sinks=None, segment_ids=No
       "v": (v, schedule.resident(sizes.key_rows, width, segment)),
     }
     operands |= schedule.segment_operands(
-      segment_ids, config, sizes, kv_heads, q.shape[1] // sizes.group, key_tokens)
-    shapes = {"acc": (width, rows), "top": (8, rows), "total": (8, rows)}
+      segment_ids, kv_segment_ids, config, sizes, kv_heads, q.shape[1] // sizes.group, key_tokens)
+    shapes = {"acc": (width, rows), "m": (8, rows), "l": (8, rows)}
     specs = _state_specs(tiles, shapes)
     if state is not None:
       operands |= {f"{name}_in": (state[f"{name}_out"], specs[name]) for name in STATE}

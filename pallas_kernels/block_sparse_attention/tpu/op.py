@@ -1,8 +1,8 @@
 """Block-sparse attention on TPU: the plan, the launches that VMEM allows, the gradients.
 
-    plan      (tpu_plan.py)              once per hybrid block: union lists and membership
-    forward   (mosaic_tpu_forward.py)    tiles of 128 rows against their lists
-    backward  (mosaic_tpu_backward.py)   the same walk; gradients of keys and values stay in VMEM
+    plan.py        once per hybrid block: union lists and membership
+    forward.py     tiles of 128 rows against their lists
+    backward.py    the same walk; gradients of keys and values stay in VMEM
 
 K and V of one KV head have to be in VMEM, in the backward pass with their float32 gradients.
 What does not fit is cut into equal segments of the sequence, one launch each.
@@ -17,13 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import checks, tpu
-from pallas_kernels.block_sparse_attention.tpu import backward as mosaic_tpu_backward
-from pallas_kernels.block_sparse_attention.tpu import forward as mosaic_tpu_forward
+from pallas_kernels import tpu
+from pallas_kernels.block_sparse_attention.tpu import backward as backward_kernel
+from pallas_kernels.block_sparse_attention.tpu import forward as forward_kernel
 from pallas_kernels.block_sparse_attention.tpu import plan as tpu_plan
 from pallas_kernels.block_sparse_attention.tpu import schedule
-from pallas_kernels.block_sparse_attention.tpu.schedule import LOG2E, LoopConfig
+from pallas_kernels.block_sparse_attention.tpu.schedule import LoopConfig
+from pallas_kernels.causal_attention_tpu.tiles import sink_gradient
 from pallas_kernels.checks import NotCoveredError
+from pallas_kernels.softmax import LN2, LOG2E
 
 make_plan = tpu_plan.make_plan
 
@@ -94,14 +96,17 @@ def check_support(op, arrays, block_size):
       f"{op} on TPU: got block_size {block_size}, want a multiple of {rows} for {q.dtype}")
 
 
-def pick_plan(op, plan, block_indices, group, block_size):
+def pick_plan(op, plan, block_indices, group, block_size, num_keys, query_offset):
   """`plan`, checked against the call, or a new one."""
   if plan is None:
-    return make_plan(block_indices, group, block_size=block_size)
-  got = (plan.group, plan.block_size, plan.tokens)
-  want = (tpu_plan.padded_group(group), block_size, block_indices.shape[2])
+    return make_plan(block_indices, group, block_size=block_size, num_keys=num_keys,
+                     query_offset=query_offset)
+  got = (plan.group, plan.block_size, plan.tokens, plan.num_keys, plan.query_offset)
+  want = (tpu_plan.padded_group(group), block_size, block_indices.shape[2], num_keys,
+          query_offset if isinstance(query_offset, int) else None)
   if got != want:
-    raise ValueError(f"{op}: plan is for (G, block_size, T) = {got}; wanted {want}; make another")
+    raise ValueError(f"{op}: plan is for (G, block_size, T, S, query_offset) = {got}; wanted "
+                     f"{want}; make another")
   return plan
 
 
@@ -114,7 +119,7 @@ def segment_blocks(op, plan, key_bytes, program_bytes, options):
 
   key_bytes: of VMEM a key takes; program_bytes: what does not depend on the keys.
   """
-  blocks = -(-plan.tokens // plan.block_size)
+  blocks = plan.num_blocks
   budget = options.vmem_bytes or tpu.vmem_limit()
   fit = (budget - program_bytes - _COMPILER_BYTES) // (key_bytes * plan.block_size)
   if fit < 1:
@@ -127,7 +132,7 @@ def segment_blocks(op, plan, key_bytes, program_bytes, options):
 def choose(plan, options, run):
   """run(plan, options), on `plan.dense()` where its unions are wide; see `Options.dense`.
 
-  The same picks always choose the same, so results stay the same bit for bit.
+  The same blocks always give the same choice, so results stay the same bit for bit.
   """
   options = options.loops_of(tpu_generation())
   wide = dataclasses.replace(options, forward=options.dense_forward,
@@ -154,6 +159,7 @@ class Layout:
 
   def __init__(self, op, plan, config, options, q, k, v, segment_ids, *, backward=False, extra=0):
     self.batch, self.tokens = q.shape[:2]
+    self.num_keys = k.shape[1]
     self.group = q.shape[2] // k.shape[2], plan.group
     self.config = config.fit(plan)
     self.segmented = segment_ids is not None
@@ -170,8 +176,8 @@ class Layout:
       program += step + tiles * rows * 2 * width * size
       key += (head + width) * 4
     self.segment_blocks = segment_blocks(op, plan, key, program, options)
-    blocks = -(-plan.tokens // plan.block_size)
-    self.key_tokens = -(-blocks // self.segment_blocks) * self.segment_blocks * plan.block_size
+    segments = -(-plan.num_blocks // self.segment_blocks)
+    self.key_tokens = segments * self.segment_blocks * plan.block_size
     self.sizes = schedule.Sizes.of(plan, 0, self.segment_blocks, 1, self.segmented)
 
   def rows(self, x):
@@ -207,16 +213,17 @@ class Layout:
 
   def to_keys(self, x, width):
     """The inverse of `keys`."""
-    return schedule.from_rows(x, self.batch, (1, 1), self.tokens, width)
+    return schedule.from_rows(x, self.batch, (1, 1), self.num_keys, width)
 
 
-def run_forward(q, k, v, sinks, segment_ids, scale, plan, options):
-  """-> (out [B,T,N,E], log2-sum-exp f32 [B,T,N])."""
+def run_forward(q, k, v, sinks, segment_ids, kv_segment_ids, scale, plan, options):
+  """-> (out [B,T,N,E], log-sum-exp f32 [B,T,N], natural, -inf in a row that sees nothing)."""
   layout = Layout(_OP, plan, options.forward, options, q, k, v, segment_ids)
-  results = mosaic_tpu_forward.forward(
+  results = forward_kernel.forward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), plan, layout.config,
     segment_blocks=layout.segment_blocks, sinks=layout.sinks(sinks), segment_ids=segment_ids,
-    interpret=options.interpret, vmem_limit=options.vmem_bytes or tpu.vmem_limit())
+    kv_segment_ids=kv_segment_ids, interpret=options.interpret,
+    vmem_limit=options.vmem_bytes or tpu.vmem_limit())
   return layout.to_tokens(results["out"], v.shape[-1]), layout.to_numbers(results["lse"])
 
 
@@ -268,7 +275,7 @@ def part_bytes():
   return info.hbm_capacity_bytes * info.num_cores // 64
 
 
-PLAN_AXES = {"blocks": 1, "words": 1, "counts": 1}
+PLAN_AXES = {"blocks": 1, "words": 1, "counts": 1, "positions": 1}
 
 
 def plan_arrays(plan):
@@ -284,65 +291,72 @@ def plan_of(plan, inputs):
 def run_backward(op, inputs, scale, plan, options):
   """-> {"q", "k", "v": gradients in their dtypes, "sinks": f32 [N] or None}.
 
-  inputs: {"q", "k", "v", "sinks", "segment_ids", "out", "lse", "dout"}; lse f32 [B,T,N] in log2.
+  inputs: {"q", "k", "v", "sinks", "segment_ids", "kv_segment_ids", "out", "lse", "dout"}; lse f32
+    [B,T,N], natural.
   """
   q, k, v, sinks, dout, lse = (inputs[n] for n in ("q", "k", "v", "sinks", "dout", "lse"))
   segment_ids = inputs["segment_ids"]
   layout = Layout(op, plan, options.backward, options, q, k, v, segment_ids, backward=True)
   delta = (inputs["out"].astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
-  dq, dk, dv = mosaic_tpu_backward.backward(
+  dq, dk, dv = backward_kernel.backward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), layout.rows(dout.astype(q.dtype)),
-    layout.lanes(lse), layout.lanes(delta), plan, layout.config, scale=scale,
-    segment_blocks=layout.segment_blocks, segment_ids=segment_ids, interpret=options.interpret,
+    layout.lanes(schedule.log2_lse(lse)), layout.lanes(delta), plan, layout.config, scale=scale,
+    segment_blocks=layout.segment_blocks, segment_ids=segment_ids,
+    kv_segment_ids=inputs["kv_segment_ids"], interpret=options.interpret,
     vmem_limit=options.vmem_bytes or tpu.vmem_limit())
-  dsinks = None
-  if sinks is not None:
-    dsinks = -(jnp.exp2(sinks * LOG2E - lse) * delta).sum((0, 1))
+  dsinks = sink_gradient(sinks, lse.swapaxes(1, 2), delta.swapaxes(1, 2))
   return {"q": layout.to_tokens(dq, q.shape[-1]),
-          "k": layout.to_keys((dk / LOG2E).astype(k.dtype), k.shape[-1]),
+          "k": layout.to_keys((dk * LN2).astype(k.dtype), k.shape[-1]),
           "v": layout.to_keys(dv.astype(v.dtype), v.shape[-1]), "sinks": dsinks}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q, k, v, sinks, segment_ids, plan, scale, options):
-  return _attention_fwd(q, k, v, sinks, segment_ids, plan, scale, options)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attention(q, k, v, sinks, segment_ids, kv_segment_ids, plan, scale, options):
+  return _attention_fwd(q, k, v, sinks, segment_ids, kv_segment_ids, plan, scale, options)[0]
 
 
-def _attention_fwd(q, k, v, sinks, segment_ids, plan, scale, options):
-  out, lse = choose(plan, options, functools.partial(
-    run_forward, q, k, v, sinks, segment_ids, scale))
-  return out, (q, k, v, sinks, segment_ids, plan, out, lse)
+def _attention_fwd(q, k, v, sinks, segment_ids, kv_segment_ids, plan, scale, options):
+  with jax.named_scope(_OP):
+    out, lse = choose(plan, options, functools.partial(
+      run_forward, q, k, v, sinks, segment_ids, kv_segment_ids, scale))
+  return out, (q, k, v, sinks, segment_ids, kv_segment_ids, plan, out, lse)
 
 
 def _attention_bwd(scale, options, saved, dout):
-  q, k, v, sinks, segment_ids, plan, out, lse = saved
-  axes = {"q": 2, "k": 2, "v": 2, "sinks": 0, "out": 2, "lse": 2, "dout": 2} | PLAN_AXES
-  inputs = dict(zip(("q", "k", "v", "sinks", "segment_ids", "out", "lse", "dout"),
-                    (q, k, v, sinks, segment_ids, out, lse, dout))) | plan_arrays(plan)
-  found = by_heads(
-    lambda some: choose(plan_of(plan, some), options, functools.partial(
-      run_backward, _OP, some, scale)), inputs, axes)
-  return found["q"], found["k"], found["v"], found["sinks"], None, None
+  q, k, v, sinks, segment_ids, kv_segment_ids, plan, out, lse = saved
+  inputs = {"q": q, "k": k, "v": v, "sinks": sinks, "out": out, "lse": lse, "dout": dout}
+  axes = {name: 0 if name == "sinks" else 2 for name in inputs} | PLAN_AXES
+  inputs |= {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids} | plan_arrays(plan)
+  with jax.named_scope(_OP + "_backward"):
+    found = by_heads(
+      lambda some: choose(plan_of(plan, some), options, functools.partial(
+        run_backward, _OP, some, scale)), inputs, axes)
+  return found["q"], found["k"], found["v"], found["sinks"], None, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
-                           segment_ids=None, kv_segment_ids=None, scale=None,
-                           plan=None, options=None):
+                           segment_ids=None, kv_segment_ids=None, scale=None, plan=None,
+                           options=None):
   """The op of `api.py` on a TPU: v5e, v5p, v6e.
 
-  `plan`: `make_plan(block_indices, N // K, block_size=...)`, so that the layers that share picks
-  share its cost; made here without one.
+  Args:
+    q, k, v, block_indices, block_size, sinks, query_offset, segment_ids, scale: as there.
+    kv_segment_ids: i32 [B,S] or None; given with `segment_ids`.
+    plan: `make_plan` of the same indices, sizes and offset, so that the layers that share a
+      selection share its cost; None: made here.
+    options: `Options`.
 
   Raises:
     NotCoveredError: dtypes other than bfloat16 and float32, head dims over 256, G over 128, a
       block_size that is no multiple of 16 (float32: 8).
+    ValueError: a plan of another call.
   """
-  checks.queries_are_keys("block_sparse_attention", query_offset, segment_ids, kv_segment_ids,
-                          (q.shape[1], k.shape[1]))
   check_support(_OP, {"q": q, "k": k, "v": v}, block_size)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  plan = pick_plan(_OP, plan, block_indices, q.shape[2] // k.shape[2], block_size)
-  return _attention(q, k, v, sinks, segment_ids, plan, float(scale), options or Options())
+  plan = pick_plan(_OP, plan, block_indices, q.shape[2] // k.shape[2], block_size, k.shape[1],
+                   query_offset)
+  return _attention(q, k, v, sinks, segment_ids, kv_segment_ids, plan, float(scale),
+                    options or Options())

@@ -1,7 +1,7 @@
-"""What a set of picked blocks means to the TPU kernels, worked out once per hybrid block.
+"""What the TPU kernels derive from the selected blocks, computed once per hybrid block.
 
 A tile is `lanes` rows, tokens x query heads of one KV head. Its list holds every block that one of
-its tokens picked (the union), with a bit for each token that did. Lists descend, so that the
+its tokens selected (the union), with a bit for each token that did. Lists descend, so that the
 blocks which need the causal mask come first and the blocks of a segment of the keys stand
 together. The static width is the most a tile can pick, so nothing is ever left out.
 
@@ -14,52 +14,82 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.checks import NotCoveredError
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=("blocks", "words", "counts"),
-  meta_fields=("group", "tile_tokens", "block_size", "tokens"))
+  jax.tree_util.register_dataclass, data_fields=("blocks", "words", "counts", "positions"),
+  meta_fields=("group", "tile_tokens", "block_size", "tokens", "num_keys", "query_offset"))
 @dataclasses.dataclass(frozen=True)
 class TilePlan:
-  """Union lists and membership of one set of picks.
+  """Union lists and membership of one set of selected blocks; every leaf leads with [B,K].
 
-  blocks i32 [B,K,L,U]    the union of tile l, descending; 0 beyond its count
-  words  i32 [B,K,L,W,U]  bit i of word w: token 32 w + i of the tile picked it
-  counts i32 [B,K,L]      blocks in the list
-  group: query heads to a KV head as the kernels run them, a power of 2.
-  tile_tokens: tokens of a tile; L tiles cover `tokens`.
+  Attributes:
+    blocks: i32 [B,K,L,U], the union of tile l, descending; 0 beyond its count.
+    words: i32 [B,K,L,W,U]; bit i of word w: token 32 w + i of the tile selected the block.
+    counts: i32 [B,K,L], blocks in the list.
+    positions: i32 [B,K,L], key index of the tile's first token.
+    group: query heads to a KV head as the kernels run them, a power of 2.
+    tile_tokens: tokens of a tile; L tiles cover `tokens`.
+    block_size: keys per block.
+    tokens: T.
+    num_keys: S.
+    query_offset: key index of query 0; None where it is traced.
   """
 
   blocks: jax.Array
   words: jax.Array
   counts: jax.Array
+  positions: jax.Array
   group: int
   tile_tokens: int
   block_size: int
   tokens: int
+  num_keys: int
+  query_offset: int | None
+
+  @property
+  def num_blocks(self):
+    """C, blocks of the keys."""
+    return -(-self.num_keys // self.block_size)
+
+  @property
+  def may_pass_end(self):
+    """Whether a query may stand behind the last key."""
+    return self.query_offset is None or self.query_offset + self.tokens > self.num_keys
+
+  def causal_entries(self):
+    """How many of a list's first entries may hold keys that are after one of the tile's tokens."""
+    tile, size = self.tile_tokens, self.block_size
+    if self.query_offset is None:              # tile - 1 keys after the first token, anywhere
+      return max((tile + size - 3) // size + 1, 1)
+    first = self.query_offset + np.arange(0, self.tokens, tile)
+    return max(int(((first + tile - 1) // size - (first + 1) // size).max()) + 1, 1)
+
+  def causal_blocks(self):
+    """i32 [B,K,L]: blocks up to the last token of a tile, which a dense kernel visits."""
+    return jnp.clip((self.positions + (self.tile_tokens - 1)) // self.block_size + 1, 0,
+                    self.num_blocks)
 
   def share(self):
     """f32 []: listed blocks over the blocks that a causal dense kernel visits."""
-    last = jnp.arange(self.counts.shape[-1], dtype=jnp.float32) * self.tile_tokens
-    dense = ((last + self.tile_tokens - 1) // self.block_size + 1).sum()
-    heads = self.counts.shape[0] * self.counts.shape[1]
-    return self.counts.astype(jnp.float32).sum() / (dense * heads)
-
+    return (self.counts.astype(jnp.float32).sum()
+            / jnp.maximum(self.causal_blocks().astype(jnp.float32).sum(), 1.0))
 
   def dense(self, merged=4):
-    """The same picks as lists of every causal block, for tiles of `merged` times as many tokens.
+    """The same selection as lists of every causal block, for tiles of `merged` times the tokens.
 
     What is then left to choose is membership: a dense causal kernel with a mask per row.
     """
     b, k, tiles, width = self.blocks.shape
-    blocks = -(-self.tokens // self.block_size)
-    tile, programs = self.tile_tokens * merged, -(-tiles // merged)
-    last = (jnp.arange(programs, dtype=jnp.int32) + 1) * tile - 1
-    counts = jnp.minimum(last // self.block_size + 1, blocks)
-    order = counts[:, None] - 1 - jnp.arange(blocks, dtype=jnp.int32)        # [L',C], descending
+    blocks, programs = self.num_blocks, -(-tiles // merged)
+    wide = dataclasses.replace(self, tile_tokens=self.tile_tokens * merged,
+                               positions=self.positions[:, :, ::merged])
+    counts = wide.causal_blocks()
+    order = counts[..., None] - 1 - jnp.arange(blocks, dtype=jnp.int32)    # [B,K,L',C], descending
 
     def grouped(x, fill):                                       # [B,K,L,...] -> [B,K,L',merged,...]
       widths = ((0, 0), (0, 0), (0, programs * merged - tiles)) + ((0, 0),) * (x.ndim - 3)
@@ -68,7 +98,7 @@ class TilePlan:
 
     live = jnp.arange(width) < self.counts[..., None]
     listed = grouped(jnp.where(live, self.blocks, blocks), blocks)           # [B,K,L',4,U]
-    here = listed[..., None] == order[:, None, None]                         # [B,K,L',4,U,C]
+    here = listed[..., None] == order[:, :, :, None, None]                         # [B,K,L',4,U,C]
     words = grouped(self.words, 0)[..., None]                                # [B,K,L',4,W,U,1]
     words = jnp.where(here[:, :, :, :, None], words, 0).sum(5)
     if self.tile_tokens >= 32:
@@ -78,10 +108,7 @@ class TilePlan:
       words = words.reshape(b, k, programs, -1, each, blocks)
       shift = (jnp.arange(each, dtype=jnp.int32) * self.tile_tokens)[:, None]
       words = lax.shift_left(words, jnp.broadcast_to(shift, words.shape)).sum(4)
-    order = jnp.maximum(order, 0)
-    spread = lambda x: jnp.broadcast_to(x, (b, k, *x.shape))
-    return TilePlan(spread(order), words, spread(counts), self.group, tile, self.block_size,
-                    self.tokens)
+    return dataclasses.replace(wide, blocks=jnp.maximum(order, 0), words=words, counts=counts)
 
 
 def padded_group(group):
@@ -96,35 +123,47 @@ def padded_group(group):
   return 1 << (group - 1).bit_length()
 
 
-def _keys(block_indices, tile_tokens, block_size):
-  """Sort keys of the picks, grouped by tile -> (keys i32 [B,K,L,tile*P], number of blocks C).
+def _keys(block_indices, tile_tokens, block_size, blocks, offsets):
+  """Sort keys of the selected blocks, grouped by tile: i32 [B,K,L,tile*P].
 
-  A key is (C - 1 - block) * tile_tokens + token of the tile; picks of no block, and of blocks that
-  the causal mask hides whole, have C * tile_tokens.
+  A key is (C - 1 - block) * tile_tokens + token of the tile. An entry that names no block (of the
+  C=`blocks`), or one that the causal mask hides whole, has C * tile_tokens.
   """
   b, k, t, p = block_indices.shape
-  blocks = -(-t // block_size)
   tiles = -(-t // tile_tokens)
   token = jnp.arange(t, dtype=jnp.int32)[:, None]
-  seen = (block_indices >= 0) & (block_indices <= token // block_size)
+  own = (offsets[:, None, None, None] + token) // block_size
+  seen = (block_indices >= 0) & (block_indices <= own) & (block_indices < blocks)
   keys = jnp.where(seen, (blocks - 1 - block_indices) * tile_tokens + token % tile_tokens,
                    blocks * tile_tokens)
   keys = jnp.pad(keys, ((0, 0), (0, 0), (0, tiles * tile_tokens - t), (0, 0)),
                  constant_values=blocks * tile_tokens)
-  return keys.reshape(b, k, tiles, tile_tokens * p), blocks
+  return keys.reshape(b, k, tiles, tile_tokens * p)
 
 
-def make_plan(block_indices, group, *, block_size=64, lanes=128):
-  """block_indices i32 [B,K,T,P], -1 for none -> TilePlan for `group` = N // K.
+def make_plan(block_indices, group, *, block_size=64, num_keys=None, query_offset=0, lanes=128):
+  """The `TilePlan` of some selected blocks.
 
-  Picks may repeat and need no order. lanes: rows of a tile, a multiple of 128.
+  Args:
+    block_indices: i32 [B,K,T,P], -1 for none; blocks may repeat and need no order.
+    group: N // K.
+    block_size: keys per block.
+    num_keys: S; None: T.
+    query_offset: int, or i32 [B]: the key index of query 0.
+    lanes: rows of a tile, a multiple of 128.
+
+  Raises:
+    NotCoveredError: a group of more than 128.
   """
   group = padded_group(group)
   tile = lanes // group
-  tokens = block_indices.shape[2]
-  if not block_indices.shape[-1]:                # no picks at all: one entry that is none
+  batch, _, tokens = block_indices.shape[:3]
+  num_keys = tokens if num_keys is None else num_keys
+  num_blocks = -(-num_keys // block_size)
+  offsets = jnp.broadcast_to(jnp.asarray(query_offset, jnp.int32), (batch,))
+  if not block_indices.shape[-1]:                # none at all: one entry that is none
     block_indices = jnp.full((*block_indices.shape[:-1], 1), -1, jnp.int32)
-  keys, num_blocks = _keys(block_indices, tile, block_size)
+  keys = _keys(block_indices, tile, block_size, num_blocks, offsets)
   entries = keys.shape[-1]
   picks = block_indices.shape[-1]
   keys = jnp.sort(keys, axis=-1, stable=False)
@@ -150,4 +189,7 @@ def make_plan(block_indices, group, *, block_size=64, lanes=128):
   live = jnp.arange(width, dtype=jnp.int32) < counts[..., None]
   blocks = jnp.where(live, num_blocks - 1 - rank[..., :width], 0)
   words = jnp.stack([jnp.where(live, word[..., :width], 0) for word in words], axis=3)
-  return TilePlan(blocks, words, counts, group, tile, block_size, tokens)
+  positions = offsets[:, None, None] + jnp.arange(0, tokens, tile, dtype=jnp.int32)
+  positions = jnp.broadcast_to(positions, counts.shape)
+  return TilePlan(blocks, words, counts, positions, group, tile, block_size, tokens, num_keys,
+                  query_offset if isinstance(query_offset, int) else None)

@@ -15,9 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-MASKED = -1e30          # added to a logit: exp2 of it is 0 whatever the running maximum
-EMPTY = -1e20           # running maximum, and log-sum-exp, of a row that has seen nothing
-LOG2E = 1.4426950408889634
+from pallas_kernels.softmax import EMPTY_LSE, LOG2E, MASKED
+
 _SMEM_BYTES = 1 << 19   # of lists that a program may hold, both pipeline buffers
 
 
@@ -56,9 +55,10 @@ def walk_tables(plan, config, segment, segment_blocks):
   """The plan's lists inside one segment of the keys, laid out for the kernels' scalar memory.
 
   Returns:
-    head i32 [BK,C,1,2]: bodies to run, first tile; spans i32 [BK,C,4,tiles+1]: each tile's first
-    and last + 1 list entry, its steps, the next tile that has any; blocks i32 [BK,C,1,tiles*U+n]
-    and words i32 [BK,C,W,tiles*U+n]: the lists, one tile after the other. C programs a head.
+    head i32 [BK,C,1,3]: bodies to run, first tile, key index of the first token; spans i32
+    [BK,C,4,tiles+1]: each tile's first and last + 1 list entry, its steps, the next tile that has
+    any; blocks i32 [BK,C,1,tiles*U+n] and words i32 [BK,C,W,tiles*U+n]: the lists, one tile after
+    the other. C programs a head.
   """
   tiles, n = config.tiles_per_program, config.blocks_per_step
   width = plan.blocks.shape[-1]
@@ -84,8 +84,8 @@ def walk_tables(plan, config, segment, segment_blocks):
                      jnp.pad(steps, end),
                      jnp.pad(after, end, constant_values=tiles)], axis=2)
   bodies = -(-steps.sum(-1, dtype=jnp.int32) // config.steps_per_body)
-  head = jnp.stack([bodies, following[..., 0]], axis=-1)[:, :, None]
-
+  begin = programs(plan.positions)[..., 0]
+  head = jnp.stack([bodies, following[..., 0], begin], axis=-1)[:, :, None]
 
   def lists(x):                # i32 [B,K,L,...,U] -> [BK,C,...,tiles*U + n]: reads may run over
     x = programs(x)
@@ -96,7 +96,7 @@ def walk_tables(plan, config, segment, segment_blocks):
   return head, spans, lists(plan.blocks), lists(plan.words)
 
 
-class Walk:
+class ListWalk:
   """Reads `walk_tables` inside a kernel. A state is (tile, step); tile `tiles` is past the end."""
 
   def __init__(self, refs, config, sizes):
@@ -206,19 +206,21 @@ class Walk:
   def masked(self, scores, tile, entries):
     """Logits of a step, [block_size / 8, 8, R] a block, hidden keys at `MASKED` or below.
 
-    Membership is left to `biases`. The causal mask matters to the tile's own blocks only, which
-    come first in its list; documents can end anywhere.
+    Membership is left to `biases`. The causal mask, and the end of the keys, matter to the first
+    entries of a list only; documents can end anywhere.
     """
     size, sizes = self.sizes.block_size, self.sizes
-    ahead = (lax.broadcasted_iota(jnp.int32, (size, sizes.rows), 0)
-             - lax.broadcasted_iota(jnp.int32, (size, sizes.rows), 1) // sizes.group)
-    number = pl.program_id(1) * self.config.tiles_per_program + tile
+    key = lax.broadcasted_iota(jnp.int32, (size, sizes.rows), 0)
+    ahead = key - lax.broadcasted_iota(jnp.int32, (size, sizes.rows), 1) // sizes.group
+    position = self.refs.head[0, 0, 0, 2] + tile * sizes.tile_tokens
     found = []
     for e, (block, row, _) in enumerate(entries):
       s = scores[e * size:(e + 1) * size]
       visible = None
-      if e < max(1, sizes.tile_tokens // size):
-        visible = ahead <= number * sizes.tile_tokens - block * size
+      if e < sizes.causal_entries:
+        visible = ahead <= position - block * size
+        if sizes.num_keys is not None and e == 0:
+          visible &= key < sizes.num_keys - block * size
       if sizes.segmented:
         keys = self.refs.k_segments[0, pl.ds(row, size), :]
         keys = jnp.concatenate([keys] * (sizes.rows // 128), axis=1)
@@ -228,14 +230,6 @@ class Walk:
         s = jnp.where(visible, s, MASKED)
       found.append(s.reshape(size // 8, 8, sizes.rows))
     return found
-
-
-def dot(a, b, contract, dtype):
-  """`a` and `b` contracted over one axis each, summed in float32, float32 inputs in full."""
-  return lax.dot_general(
-    a.astype(dtype), b.astype(dtype), (((contract[0],), (contract[1],)), ((), ())),
-    precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32)
 
 
 def padded_width(width):
@@ -280,6 +274,8 @@ class Sizes:
   Attributes:
     rows: R, rows of a tile: tile_tokens * group.
     words: membership words of a (tile, block).
+    causal_entries: a list's first entries, which the causal mask may hide in part.
+    num_keys: S, where queries may stand behind the last key and its block is padded; or None.
     first_block: of the key segment; segment_blocks: how many it has.
     segment: its number.
     partial: whether there are others.
@@ -291,6 +287,8 @@ class Sizes:
   tile_tokens: int
   block_size: int
   words: int
+  causal_entries: int
+  num_keys: int | None
   segment: int
   segment_blocks: int
   partial: bool
@@ -299,8 +297,10 @@ class Sizes:
   @classmethod
   def of(cls, plan, segment, segment_blocks, launches, segmented):
     """The sizes that `plan` implies, for one of `launches` key segments."""
+    padded = plan.may_pass_end and plan.num_keys % plan.block_size
     return cls(plan.tile_tokens * plan.group, plan.group, plan.tile_tokens, plan.block_size,
-               plan.words.shape[3], segment, segment_blocks, launches > 1, segmented)
+               plan.words.shape[3], plan.causal_entries(), plan.num_keys if padded else None,
+               segment, segment_blocks, launches > 1, segmented)
 
   @property
   def first_block(self):
@@ -342,10 +342,11 @@ def resident(rows, width, segment):
                       pipeline_mode=pl.Buffered(buffer_count=1))
 
 
-def segment_operands(segment_ids, config, sizes, heads, tokens, key_tokens):
+def segment_operands(segment_ids, kv_segment_ids, config, sizes, heads, tokens, key_tokens):
   """{name: (array, spec)} of document ids, equal where a query may look; {} without documents.
 
-  q_segments i32 [B,C,tiles,R]; k_segments i32 [B,S,128], the same in every lane. heads: K.
+  q_segments i32 [B,C,tiles,R] of segment_ids i32 [B,T]; k_segments i32 [B,S,128] of kv_segment_ids
+  i32 [B,S], the same in every lane. heads: K.
   """
   if segment_ids is None:
     return {}
@@ -353,13 +354,18 @@ def segment_operands(segment_ids, config, sizes, heads, tokens, key_tokens):
                   segment_ids)
   q_ids = jnp.broadcast_to(ids[:, :, None], (*ids.shape, sizes.group))
   q_ids = to_lanes(q_ids, (sizes.group, sizes.group), tokens, config, sizes)
-  k_ids = jnp.pad(segment_ids, ((0, 0), (0, key_tokens - segment_ids.shape[1])))
+  k_ids = jnp.pad(kv_segment_ids, ((0, 0), (0, key_tokens - kv_segment_ids.shape[1])))
   k_ids = jnp.broadcast_to(k_ids[:, :, None], (*k_ids.shape, 128))
   k_spec = pl.BlockSpec((1, sizes.key_rows, 128), lambda h, c: (h // heads, sizes.segment, 0),
                         pipeline_mode=pl.Buffered(buffer_count=1))
   q_spec = pl.BlockSpec((1, 1, config.tiles_per_program, sizes.rows),
                         lambda h, c: (h // heads, c, 0, 0))
   return {"q_segments": (q_ids, q_spec), "k_segments": (k_ids, k_spec)}
+
+
+def log2_lse(lse):
+  """A natural log-sum-exp as the kernels' exponentials want it; finite where a row sees nothing."""
+  return jnp.where(lse == EMPTY_LSE, 0.0, lse * LOG2E)
 
 
 def call(kernel, name, operands, outputs, scratch, grid, *, interpret, vmem_limit, aliases=None):

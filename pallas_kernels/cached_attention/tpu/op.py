@@ -25,11 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.causal_attention_tpu.block_topk import HIDDEN, LOWEST
-from pallas_kernels.causal_attention_tpu.forward import dot
 from pallas_kernels.causal_attention_tpu.tiles import check, round_up
 from pallas_kernels.checks import NotCoveredError
 from pallas_kernels.reference.block_selection import select_blocks
+from pallas_kernels.softmax import INITIAL_MAX, MASKED
+from pallas_kernels.tpu import dot
 
 PIECE_BYTES = 1 << 20     # of keys in one oracle step, at most: some 1 us of HBM
 GROUP_BYTES = 1 << 19     # of keys in one block-sparse step
@@ -255,8 +255,8 @@ def _attend(q, k, v, position, layer, chosen=None, sinks=None, *, pieces, scale,
   scratch = {"k_buffer": pltpu.VMEM((*buffer, width), k.dtype),
              "v_buffer": pltpu.VMEM((*buffer, v_width), v.dtype),
              "semaphores": pltpu.SemaphoreType.DMA((2, 2)),
-             "top": pltpu.VMEM((padded, 128), jnp.float32),
-             "total": pltpu.VMEM((padded, 128), jnp.float32),
+             "m": pltpu.VMEM((padded, 128), jnp.float32),
+             "l": pltpu.VMEM((padded, 128), jnp.float32),
              "acc": pltpu.VMEM((padded, v_width), jnp.float32)}
   names = ("positions", "counts", "layer", *operands, *outputs, *scratch)
   arrays, in_specs = zip(*operands.values())
@@ -281,7 +281,7 @@ def _kernel(refs, pieces, scale):
   position, layer = refs["positions"][b], refs["layer"][0]
   together, rows = pieces.together, pieces.rows
   steps = pl.cdiv(refs["counts"][b], together)
-  top_ref, total_ref, acc_ref = refs["top"], refs["total"], refs["acc"]
+  m_ref, l_ref, acc_ref = refs["m"], refs["l"], refs["acc"]
   entries = refs.get("entries")
   size = None if entries is None else entries.shape[2] // 2
 
@@ -309,14 +309,14 @@ def _kernel(refs, pieces, scale):
         copy(rows)
 
   if "sinks" in refs:
-    top_ref[...] = jnp.broadcast_to(refs["sinks"][...], top_ref.shape)
-    total_ref[...] = jnp.ones_like(total_ref)
+    m_ref[...] = jnp.broadcast_to(refs["sinks"][...], m_ref.shape)
+    l_ref[...] = jnp.ones_like(l_ref)
   else:
-    top_ref[...] = jnp.full_like(top_ref, LOWEST)
-    total_ref[...] = jnp.zeros_like(total_ref)
+    m_ref[...] = jnp.full_like(m_ref, INITIAL_MAX)
+    l_ref[...] = jnp.zeros_like(l_ref)
   acc_ref[...] = jnp.zeros_like(acc_ref)
   if pieces.block_size is not None:
-    refs["maxima"][...] = jnp.full_like(refs["maxima"], HIDDEN)
+    refs["maxima"][...] = jnp.full_like(refs["maxima"], MASKED)
 
   def attend(step):
     slot = lax.rem(step, 2)
@@ -340,22 +340,22 @@ def _kernel(refs, pieces, scale):
       column = lax.broadcasted_iota(jnp.int32, (1, rows), 1)
       offers = jnp.where(column < seen, refs["column_heads"][...], -2)     # [1,R]
       s = dot(refs["q"][0], refs["k_buffer"][slot, n], (1, 1)) * scale     # [N',R]
-      s = jnp.where(wants == offers, s, HIDDEN)
+      s = jnp.where(wants == offers, s, MASKED)
       scores.append(s)
       if pieces.block_size is None:
         maxima.append(s.max(axis=1, keepdims=True))
       else:
         maxima += _block_maxima(refs["maxima"], s, piece, pieces)
-    before = top_ref[...]                                                  # [N',128]
-    top = functools.reduce(jnp.maximum, maxima, before)
-    top_ref[...] = top
-    shrink = jnp.exp(before - top)
-    total, acc = total_ref[...] * shrink, acc_ref[...] * shrink[:, :1]
+    m_before = m_ref[...]                                                # [N',128]
+    m = functools.reduce(jnp.maximum, maxima, m_before)
+    m_ref[...] = m
+    alpha = jnp.exp(m_before - m)
+    l_new, acc = l_ref[...] * alpha, acc_ref[...] * alpha[:, :1]
     for n, s in enumerate(scores):
-      p = jnp.exp(s - top[:, :1])
-      total += p.sum(axis=1, keepdims=True)
+      p = jnp.exp(s - m[:, :1])
+      l_new += p.sum(axis=1, keepdims=True)
       acc += dot(p.astype(refs["v_buffer"].dtype), refs["v_buffer"][slot, n], (1, 0))
-    total_ref[...] = total
+    l_ref[...] = l_new
     acc_ref[...] = acc
 
   pl.when(steps > 0)(lambda: each_copy(jnp.int32(0), lambda copy: copy.start()))
@@ -367,11 +367,10 @@ def _kernel(refs, pieces, scale):
     return 0
 
   lax.fori_loop(0, steps, body, 0)
-  total = total_ref[...]
-  total = jnp.where(total > 0, total, 1.0)
-  refs["out"][0] = (acc_ref[...] / total[:, :1]).astype(refs["out"].dtype)
-  if pieces.block_size is not None:
-    refs["lse"][0] = top_ref[...] + jnp.log(total)
+  l_last = jnp.where(l_ref[...] > 0, l_ref[...], 1.0)
+  refs["out"][0] = (acc_ref[...] / l_last[:, :1]).astype(refs["out"].dtype)
+  if pieces.block_size is not None:      # a query sees its own slot: no row is empty
+    refs["lse"][0] = m_ref[...] + jnp.log(l_last)
 
 
 def _block_maxima(maxima_ref, scores, piece, pieces):

@@ -1,9 +1,11 @@
 """The attention of a sparse layer on TPU, in one forward kernel.
 
-`mosaic_tpu_forward` runs the sparse branch; when a tile of it is done, `WindowEpilogue` adds the
+The block-sparse kernel runs the sparse branch; when a tile of it is done, `WindowEpilogue` adds the
 local branch for the same queries (the window's keys stand next to each other), each branch with
 its own sinks, gates both and writes the sum. The queries are read once and the result written once.
-The backward pass is three parts: XLA for the gates, the block-sparse kernel, the banded kernel.
+The backward pass is three parts: XLA for the gates, the block-sparse kernel, the window kernel.
+
+A layer with one branch runs that branch's op and multiplies by the gate.
 """
 
 import functools
@@ -14,17 +16,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import checks, tpu
-from pallas_kernels.block_sparse_attention.tpu import forward as mosaic_tpu_forward
+from pallas_kernels import tpu
+from pallas_kernels.block_sparse_attention.tpu import forward as sparse_forward
 from pallas_kernels.block_sparse_attention.tpu import op as sparse
 from pallas_kernels.block_sparse_attention.tpu import schedule
 from pallas_kernels.block_sparse_attention.tpu.op import Options
-from pallas_kernels.block_sparse_attention.tpu.schedule import EMPTY, LOG2E, MASKED, dot
 from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
+from pallas_kernels.causal_attention_tpu.tiles import Placement
+from pallas_kernels.sliding_window_attention.tpu.op import sliding_window_attention
+from pallas_kernels.softmax import INITIAL_MAX, MASKED
+from pallas_kernels.tpu import dot
 
 OP = "sparse_layer_attention"
 _ALIGN = 16                      # rows of a packed bfloat16 tile
 _FINISH_TOGETHER = 4             # tiles whose window branches are scheduled together
+_WITHOUT_HEADS = ("segment_ids", "kv_segment_ids", "local_kv_segment_ids", "local_offsets")
 
 
 class WindowEpilogue:
@@ -36,23 +42,52 @@ class WindowEpilogue:
 
   together = _FINISH_TOGETHER
 
-  def __init__(self, layout, arrays, window, residuals):
-    """arrays: {name: array} of the call; residuals: whether the backward pass will need them."""
+  def __init__(self, layout, arrays, window, query_offset, residuals):
+    """The epilogue of one call.
+
+    Args:
+      layout: `Layout` of the sparse branch.
+      arrays: {name: array or None} of the call.
+      window: tokens.
+      query_offset: index of query 0 among the local keys; None: `arrays["local_offsets"]`.
+      residuals: whether the backward pass will need the branches by themselves.
+    """
     self.layout, self.arrays, self.window, self.residuals = layout, arrays, window, residuals
+    self.query_offset, self.num_keys = query_offset, arrays["k_local"].shape[1]
     tile, tiles = layout.sizes.tile_tokens, layout.config.tiles_per_program
     self.tokens = tile * tiles                               # of a program
     self.back = -(-(window - 1) // self.tokens)              # programs before it that it looks at
     self.span = -(-(window - 1 + tile + _ALIGN - 1) // _ALIGN) * _ALIGN
     self.held = -(-((self.back + 1) * self.tokens) // _ALIGN) * _ALIGN + 2 * _ALIGN
-    self.by_head = arrays["gate_sparse"].shape[-1] == 1
+    self.gates = [n for n in ("gate_sparse", "gate_local") if arrays[n] is not None]
+    self.by_head = all(arrays[name].shape[-1] == 1 for name in self.gates)
     self.copied = ["k_local", "v_local"] + (["ids_local"] if layout.segmented else [])
 
   def _local(self, name):
-    layout = self.layout
+    """The local keys that the queries can see, row r at key index offset + r - `_reach`."""
     if name == "ids_local":
-      ids = jnp.pad(self.arrays["segment_ids"], ((0, 0), (0, layout.padded - layout.tokens)))
+      ids = self._aligned(self.arrays["local_kv_segment_ids"])
       return jnp.broadcast_to(ids[:, :, None], (*ids.shape, 128))
-    return schedule.to_rows(self.arrays[name], (1, 1), layout.padded)
+    rows = self._aligned(self.arrays[name])
+    return schedule.to_rows(rows, (1, 1), rows.shape[1])
+
+  @property
+  def _reach(self):
+    """Rows before the first query's own key: whole programs, at least window - 1."""
+    return self.back * self.tokens
+
+  def _aligned(self, x):
+    """[B,L,...] -> [B, reach + T', ...]; zeros where there is no key."""
+    count, rest = self._reach + self.layout.padded, ((0, 0),) * (x.ndim - 2)
+    if self.query_offset is not None:
+      front = self._reach - self.query_offset                       # negative: cut
+      x = x[:, max(-front, 0):max(count - front, 0)]
+      front = min(max(front, 0), count)
+      return jnp.pad(x, ((0, 0), (front, count - front - x.shape[1]), *rest))
+    x = jnp.pad(x, ((0, 0), (self._reach, count), *rest))
+    # Further behind the last key than the window reaches, nothing but zeros is seen.
+    start = jnp.clip(self.arrays["local_offsets"], 0, self.num_keys + self._reach)
+    return jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, count))(x, start)
 
   def operands(self, config, sizes):
     """{name: (array, spec)} beside those of the sparse branch."""
@@ -64,13 +99,16 @@ class WindowEpilogue:
       for back in range(self.back + 1):
         spec = pl.BlockSpec(
           (1, self.tokens, array.shape[-1]),
-          lambda h, c, back=back, heads=heads: (h // heads, jnp.maximum(c - back, 0), 0))
+          lambda h, c, back=back, heads=heads: (h // heads, c + self.back - back, 0))
         found[f"{name}_{back}"] = array, spec
+    if self.query_offset is None:
+      found["local_offsets"] = (arrays["local_offsets"],
+                                pl.BlockSpec(memory_space=pltpu.SMEM))
     if arrays["sinks_local"] is not None:
       lanes = jnp.tile(layout.sinks(arrays["sinks_local"]), (1, sizes.tile_tokens))[:, None]
       spec = pl.BlockSpec((1, 1, sizes.rows), lambda h, c: (h % kv_heads, 0, 0))
       found["sinks_local"] = lanes, spec
-    for name in ("gate_sparse", "gate_local"):
+    for name in self.gates:
       if self.by_head:
         gate = layout.lanes(arrays[name][..., 0].astype(jnp.float32))
         found[name] = gate, schedule.program_lanes(config, sizes)
@@ -126,65 +164,72 @@ class WindowEpilogue:
       held[filled:, :] = jnp.zeros_like(held[filled:, :])
 
   def _attend(self, refs, walk, tile, at):
-    """The local branch of a tile: (its result [E,R], log2-sum-exp [1,R])."""
+    """The local branch of a tile: (its result [E,R], natural log-sum-exp [1,R])."""
     sizes, dtype = walk.sizes, refs.k_local_held.dtype
     first = self.back * self.tokens - (self.window - 1) + tile * sizes.tile_tokens
     first = pl.multiple_of(first // _ALIGN * _ALIGN, _ALIGN)
     here = pl.ds(first, self.span)
-    scores = dot(refs.k_local_held[here, :], refs.q[0, at, :], (1, 1), dtype)     # [span,R]
-    begin = pl.program_id(1) * self.tokens                                   # of the program
+    scores = dot(refs.k_local_held[here, :], refs.q[0, at, :], (1, 1))            # [span,R]
+    offset = self.query_offset
+    if offset is None:
+      kv_heads = self.arrays["k_local"].shape[2]
+      offset = refs.local_offsets[lax.div(pl.program_id(0), kv_heads)]
+    begin = offset + pl.program_id(1) * self.tokens                          # of the program
     key = begin - self.back * self.tokens + first + lax.broadcasted_iota(
       jnp.int32, scores.shape, 0)
     query = begin + tile * sizes.tile_tokens + lax.broadcasted_iota(
       jnp.int32, scores.shape, 1) // sizes.group
     visible = (key <= query) & (key > query - self.window) & (key >= 0)
+    if self.query_offset is None or self.query_offset + self.layout.tokens > self.num_keys:
+      visible &= key < self.num_keys
     if sizes.segmented:
       ids = refs.ids_local_held[here, :]
       ids = jnp.concatenate([ids] * (sizes.rows // 128), axis=1)
       visible &= ids == walk.lanes(refs.q_segments, tile)
     scores = jnp.where(visible, scores, MASKED)
-    top = jnp.maximum(scores.max(0, keepdims=True), EMPTY)
+    m = jnp.maximum(scores.max(0, keepdims=True), INITIAL_MAX)
     if hasattr(refs, "sinks_local"):
-      top = jnp.maximum(top, refs.sinks_local[0])
-    weights = jnp.exp2(scores - top)
-    total = weights.sum(0, keepdims=True)
+      m = jnp.maximum(m, refs.sinks_local[0])
+    weights = jnp.exp2(scores - m)
+    row_sum = weights.sum(0, keepdims=True)
     if hasattr(refs, "sinks_local"):
-      total += jnp.exp2(refs.sinks_local[0] - top)
-    seen = total > 0
-    total = jnp.where(seen, total, 1.0)
-    values = dot(refs.v_local_held[here, :], weights.astype(dtype), (0, 0), dtype)
-    return (values * jnp.where(seen, 1.0 / total, 0.0),
-            jnp.where(seen, top + jnp.log2(total), EMPTY))
+      row_sum += jnp.exp2(refs.sinks_local[0] - m)
+    values = dot(refs.v_local_held[here, :], weights.astype(dtype), (0, 0))
+    return sparse_forward.normalized(values, m, row_sum)
 
   def finish(self, refs, walk, tile, at, out_sparse):
     """Writes the tile's results; out_sparse: [E,R] of the sparse branch."""
     out_local, lse = self._attend(refs, walk, tile, at)
+
+    def gated(name, x, gate):
+      return x * gate(getattr(refs, name)) if name in self.gates else x
+
     if self.by_head:
-      gated = (out_sparse * walk.lanes(refs.gate_sparse, tile)
-               + out_local * walk.lanes(refs.gate_local, tile)).T
+      lanes = lambda ref: walk.lanes(ref, tile)
+      total = (gated("gate_sparse", out_sparse, lanes) + gated("gate_local", out_local, lanes)).T
     if self.residuals or not self.by_head:
       out_sparse, out_local = out_sparse.T, out_local.T
     if not self.by_head:
-      gated = (out_sparse * refs.gate_sparse[0, at, :].astype(jnp.float32)
-               + out_local * refs.gate_local[0, at, :].astype(jnp.float32))
-    refs.out[0, at, :] = gated.astype(refs.out.dtype)
+      rows = lambda ref: ref[0, at, :].astype(jnp.float32)
+      total = gated("gate_sparse", out_sparse, rows) + gated("gate_local", out_local, rows)
+    refs.out[0, at, :] = total.astype(refs.out.dtype)
     if self.residuals:
       refs.out_sparse[0, at, :] = out_sparse.astype(refs.out.dtype)
       refs.out_local[0, at, :] = out_local.astype(refs.out.dtype)
       refs.lse_local[0, 0, pl.ds(tile, 1), :] = lse
 
 
-def _forward(window, scale, residuals, inputs, plan, options):
-  """{"out": [B,T,N,E]} and, as residuals, both branches' results and log2-sum-exp f32 [B,T,N]."""
+def _forward(window, query_offset, scale, residuals, inputs, plan, options):
+  """{"out": [B,T,N,E]} and, as residuals, both branches' results and log-sum-exp f32 [B,T,N]."""
   q, k, v, segment_ids = (inputs[name] for name in ("q", "k", "v", "segment_ids"))
   make = functools.partial(sparse.Layout, OP, plan, options.forward, options, q, k, v, segment_ids)
-  epilogue = WindowEpilogue(make(), inputs, window, residuals)
+  epilogue = WindowEpilogue(make(), inputs, window, query_offset, residuals)
   layout = make(extra=epilogue.vmem_bytes())
-  results = mosaic_tpu_forward.forward(
+  results = sparse_forward.forward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), plan, layout.config,
     segment_blocks=layout.segment_blocks, sinks=layout.sinks(inputs["sinks_sparse"]),
-    segment_ids=segment_ids, epilogue=epilogue, interpret=options.interpret,
-    vmem_limit=options.vmem_bytes or tpu.vmem_limit())
+    segment_ids=segment_ids, kv_segment_ids=inputs["kv_segment_ids"], epilogue=epilogue,
+    interpret=options.interpret, vmem_limit=options.vmem_bytes or tpu.vmem_limit())
   width = v.shape[-1]
   found = {"out": layout.to_tokens(results["out"], width)}
   if residuals:
@@ -195,40 +240,49 @@ def _forward(window, scale, residuals, inputs, plan, options):
 
 
 def _by_heads(run, inputs, plan, options):
-  """run(inputs, plan, options) for some KV heads at a time, on the plan that suits their picks."""
-  axes = {name: 0 if name.startswith("sinks") else 2 for name in inputs if name != "segment_ids"}
+  """run(inputs, plan, options) for some KV heads at a time, on the plan that suits their blocks."""
+  axes = {name: 0 if name.startswith("sinks") else 2 for name in inputs
+          if name not in _WITHOUT_HEADS}
   return sparse.by_heads(
     lambda some: sparse.choose(sparse.plan_of(plan, some), options, functools.partial(run, some)),
     inputs | sparse.plan_arrays(plan), axes | sparse.PLAN_AXES)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _attention(inputs, plan, window, scale, options):
-  return _by_heads(functools.partial(_forward, window, scale, False), inputs, plan, options)["out"]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _attention(inputs, plan, window, query_offset, scale, options):
+  run = functools.partial(_forward, window, query_offset, scale, False)
+  with jax.named_scope(OP):
+    return _by_heads(run, inputs, plan, options)["out"]
 
 
-def _attention_fwd(inputs, plan, window, scale, options):
-  found = _by_heads(functools.partial(_forward, window, scale, True), inputs, plan, options)
+def _attention_fwd(inputs, plan, window, query_offset, scale, options):
+  run = functools.partial(_forward, window, query_offset, scale, True)
+  with jax.named_scope(OP):
+    found = _by_heads(run, inputs, plan, options)
   return found.pop("out"), (inputs, plan, found)
 
 
-def _attention_bwd(window, scale, options, saved, dout):
+def _attention_bwd(window, query_offset, scale, options, saved, dout):
   inputs, plan, found = saved
-  grads = _by_heads(functools.partial(_backward, window, scale), inputs | found | {"dout": dout},
-                    plan, options)
-  return grads | {"segment_ids": None}, None
+  run = functools.partial(_backward, window, query_offset, scale)
+  with jax.named_scope(OP + "_backward"):
+    grads = _by_heads(run, inputs | found | {"dout": dout}, plan, options)
+  return grads | dict.fromkeys(_WITHOUT_HEADS), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _backward(window, scale, inputs, plan, options):
+def _backward(window, query_offset, scale, inputs, plan, options):
   """{name: gradient} of every float array of the call."""
   q, segment_ids, grads = inputs["q"], inputs["segment_ids"], {}
   dout = inputs["dout"].astype(jnp.float32)
   branch = {}
   for name in ("sparse", "local"):
     gate = inputs[f"gate_{name}"]
+    if gate is None:
+      branch[name], grads[f"gate_{name}"] = dout, None
+      continue
     branch[name] = dout * gate.astype(jnp.float32)     # rounded for the matrix unit only
     dgate = dout * inputs[f"out_{name}"].astype(jnp.float32)
     if gate.shape[-1] == 1:
@@ -236,51 +290,71 @@ def _backward(window, scale, inputs, plan, options):
     grads[f"gate_{name}"] = dgate.astype(gate.dtype)
   shared = sparse.run_backward(
     OP, {"q": q, "k": inputs["k"], "v": inputs["v"], "sinks": inputs["sinks_sparse"],
-         "segment_ids": segment_ids, "out": inputs["out_sparse"], "lse": inputs["lse_sparse"],
-         "dout": branch["sparse"]}, scale, plan, options)
+         "segment_ids": segment_ids, "kv_segment_ids": inputs["kv_segment_ids"],
+         "out": inputs["out_sparse"], "lse": inputs["lse_sparse"], "dout": branch["sparse"]},
+    scale, plan, options)
   grads |= {"k": shared["k"], "v": shared["v"], "sinks_sparse": shared["sinks"]}
+  k_local, v_local = inputs["k_local"], inputs["v_local"]
   tiles = tpu_attention.backward_tiles(
-    q.shape[1], q.shape[2] // inputs["k"].shape[2], max(q.shape[3], inputs["v"].shape[3]), q.dtype,
-    window=window)
-  lse = inputs["lse_local"].transpose(0, 2, 1) / LOG2E
-  lse = jnp.where(lse > EMPTY / 2, lse, 0.0)           # as that kernel marks a row that saw nothing
+    q.shape[1], k_local.shape[1], q.shape[2] // k_local.shape[2],
+    max(q.shape[3], v_local.shape[3]), q.dtype, window=window)
+  placement = Placement(segment_ids, inputs["local_kv_segment_ids"], inputs["local_offsets"])
   dq, grads["k_local"], grads["v_local"], grads["sinks_local"] = tpu_attention.backward(
-    q, inputs["k_local"], inputs["v_local"], segment_ids, inputs["sinks_local"],
-    inputs["out_local"], lse, branch["local"], tiles=tiles, scale=scale, window=window,
-    interpret=options.interpret)
+    q, k_local, v_local, placement, inputs["sinks_local"], inputs["out_local"],
+    inputs["lse_local"].swapaxes(1, 2), branch["local"], query_offset=query_offset, tiles=tiles,
+    scale=scale, window=window, interpret=options.interpret)
   grads["q"] = (shared["q"].astype(jnp.float32) + dq.astype(jnp.float32)).astype(q.dtype)
   return grads
 
 
-def sparse_layer_attention(q, k_shared, v_shared, block_indices, k_local, v_local, gate_sparse,
-                            gate_local, *, sinks_sparse=None, sinks_local=None, block_size=64,
-                            window=128, query_offset=0, local_query_offset=0, segment_ids=None,
-    kv_segment_ids=None, local_kv_segment_ids=None, scale=None,
-    plan=None, options=None):
-  """The op of `api.py` on a TPU; `plan` as in `block_sparse_attention`.
+def _gated(gate, out):
+  """gate * out, computed in float32."""
+  if gate is None:
+    return out
+  return (gate.astype(jnp.float32) * out.astype(jnp.float32)).astype(out.dtype)
+
+
+def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse, gate_local, *,
+                           sinks_sparse=None, sinks_local=None, block_size=64, window=128,
+                           query_offset=0, local_query_offset=0, segment_ids=None,
+                           kv_segment_ids=None, local_kv_segment_ids=None, scale=None, plan=None,
+                           options=None):
+  """The op of `api.py` on a TPU; `plan` and `options` as in `block_sparse_attention`.
 
   Raises:
-    NotImplementedError: what `block_sparse_attention` and `sliding_window_attention` do not take.
+    NotCoveredError: what `block_sparse_attention` and `sliding_window_attention` do not take.
   """
-  if any(x is None for x in (k_shared, k_local, gate_sparse, gate_local)):
-    raise checks.NotCoveredError("sparse_layer_attention: got an absent branch or gate")
-  checks.queries_are_keys("sparse_layer_attention", query_offset, segment_ids, kv_segment_ids,
-                          (q.shape[1], k_shared.shape[1]))
-  checks.queries_are_keys("sparse_layer_attention", local_query_offset, segment_ids,
-                          local_kv_segment_ids,
-                          (q.shape[1], k_local.shape[1]))
-  sparse.check_support(OP, {"q": q, "k_shared": k_shared, "v_shared": v_shared,
-                            "k_local": k_local, "v_local": v_local}, block_size)
-  group, width = q.shape[2] // k_shared.shape[2], v_shared.shape[-1]
-  plan = sparse.pick_plan(OP, plan, block_indices, group, block_size)
-  last = 1 if gate_sparse.shape[-1] == gate_local.shape[-1] == 1 else width
+  options = options or Options()
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  if k is None:
+    return _gated(gate_local, sliding_window_attention(
+      q, k_local, v_local, window=window, sinks=sinks_local, query_offset=local_query_offset,
+      segment_ids=segment_ids, kv_segment_ids=local_kv_segment_ids, scale=scale,
+      interpret=options.interpret))
+  if k_local is None:
+    return _gated(gate_sparse, sparse.block_sparse_attention(
+      q, k, v, block_indices, block_size=block_size, sinks=sinks_sparse, query_offset=query_offset,
+      segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, scale=scale, plan=plan,
+      options=options))
+  sparse.check_support(OP, {"q": q, "k": k, "v": v, "k_local": k_local, "v_local": v_local},
+                       block_size)
+  plan = sparse.pick_plan(OP, plan, block_indices, q.shape[2] // k.shape[2], block_size,
+                          k.shape[1], query_offset)
+  by_head = all(gate is None or gate.shape[-1] == 1 for gate in (gate_sparse, gate_local))
+  shape = (*q.shape[:3], 1 if by_head else v.shape[-1])
 
   def spread(gate):                 # one that is shared adds up its gradient in float32
-    shape = (*q.shape[:3], last)
-    return gate if gate.shape == shape else jnp.broadcast_to(gate.astype(jnp.float32), shape)
+    if gate is None or gate.shape == shape:
+      return gate
+    return jnp.broadcast_to(gate.astype(jnp.float32), shape)
 
-  inputs = {"q": q, "k": k_shared, "v": v_shared, "k_local": k_local, "v_local": v_local,
+  placement, local_query_offset = Placement.of(segment_ids, local_kv_segment_ids,
+                                               local_query_offset)
+  if local_query_offset is not None:           # no query has more keys before it
+    window = min(window, local_query_offset + q.shape[1])
+  inputs = {"q": q, "k": k, "v": v, "k_local": k_local, "v_local": v_local,
             "gate_sparse": spread(gate_sparse), "gate_local": spread(gate_local),
-            "sinks_sparse": sinks_sparse, "sinks_local": sinks_local, "segment_ids": segment_ids}
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
-  return _attention(inputs, plan, min(window, q.shape[1]), float(scale), options or Options())
+            "sinks_sparse": sinks_sparse, "sinks_local": sinks_local, "segment_ids": segment_ids,
+            "kv_segment_ids": kv_segment_ids, "local_kv_segment_ids": local_kv_segment_ids,
+            "local_offsets": placement.offsets}
+  return _attention(inputs, plan, window, local_query_offset, float(scale), options)
