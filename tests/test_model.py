@@ -369,7 +369,7 @@ def test_gate_means_leave_padding_out():
 
 
 def test_a_profile_reads_like_the_model():
-  cfg = variant(pattern="window full sparse sparse", moe=MOE)
+  cfg = variant(pattern="window full sparse sparse", moe=MOE, block_choice="random")
   net = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
   step = jax.jit(jax.grad(lambda net: losses.next_token(TRAIN, net, random_batch())[0]))
   text = step.lower(net).as_text(debug_info=True)
