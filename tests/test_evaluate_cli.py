@@ -14,6 +14,7 @@ from experiments import cli, evaluate, generate
 from hysparse_jax import plots
 from hysparse_jax.config import Config, DataConfig, ModelConfig
 from hysparse_jax.data.tokenizer import ByteTokenizer
+from hysparse_jax.inference.load import Run
 from hysparse_jax.inference.sampling import generate_text
 from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.tasks import token_tasks
@@ -33,7 +34,7 @@ def run(tmp_path_factory):
                       dtype="float32"),
     data=DataConfig(source=str(folder), seq_len=64, batch_size=2, heldout_fraction=0.4))
   model = jax.jit(lambda: Transformer(cfg.model, rngs=nnx.Rngs(0)))()
-  return cfg, model, ByteTokenizer(), 7
+  return Run(cfg, model, ByteTokenizer(), 7)
 
 
 def _call(program, monkeypatch, capsys, *arguments, run=None):
