@@ -43,6 +43,15 @@ def test_the_verdicts_in_the_readme_are_the_report_s():
       f"README says {value} ± {error}, no report does")
 
 
+def test_steps_with_and_without_segments_have_a_line_each():
+  row = {"op": "train_step", "shape": "7b", "attention": "full", "documents": 1, "mfu": 0.4,
+         "tokens_per_second": 2000.0, "peak_bytes": 5e9}
+  packed = row | {"documents": 9, "segmented": True, "tokens_per_second": 1900.0}
+  lines = readme_tables.step_table([row, packed, row | {"tokens_per_second": 2100.0}]).splitlines()
+  assert lines[2:] == ["| 7b | full | 9, packed | 1,900 | 40 % | 5 GB |",
+                       "| 7b | full | 1, no segments | 2,100 | 40 % | 5 GB |"]
+
+
 def test_small_models_are_means_over_seeds_at_the_tuned_rate():
   row = {"model": "full", "seed": 0, "rate": 1.0, "tuning": False, "seq_len": 64,
          "lengths": [32, 64, 128], "recall": {"vt": [0.5, 0.7, 0.2]}, "kv_bytes_total": 5e6,
