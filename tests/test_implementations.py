@@ -5,12 +5,16 @@ import functools
 import jax
 import pytest
 
+from hysparse_jax import config
+from hysparse_jax.errors import UserError
+from hysparse_jax.training import loop
 from pallas_kernels import implementations
 from pallas_kernels.block_sparse_attention import api as block_sparse
 from pallas_kernels.checks import NotCoveredError
 from pallas_kernels.oracle_attention import api as oracle
 from pallas_kernels.sliding_window_attention import api as sliding_window
 from pallas_kernels.sparse_layer_attention import api as sparse_layer
+from tests.test_configs import REPO
 
 
 def small(x):
@@ -127,3 +131,10 @@ def test_mosaic_gpu_is_for_hopper(monkeypatch):
   device = type("Device", (), {"compute_capability": "9.0"})
   monkeypatch.setattr(jax, "devices", lambda: [device])
   assert implementations.pick("op", None, available, platform)(0) == "mosaic_gpu"
+
+
+def test_sizes_that_a_named_implementation_does_not_take_end_a_run_in_one_line():
+  cfg = config.load(str(REPO / "configs" / "debug.py"))
+  assert "oracle_attention reference" in loop._implementations(cfg)
+  with pytest.raises(UserError, match="oracle_attention mosaic_gpu: dtypes=.'float32'.; wanted"):
+    loop._implementations(config.override(cfg, "model.implementation=mosaic_gpu"))

@@ -8,6 +8,7 @@ import numpy as np
 from hysparse_jax import accounting, config, sharding
 from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
+from hysparse_jax.model.transformer import implementations_of
 from hysparse_jax.training import losses, metrics, run
 from hysparse_jax.training import step as train_step
 from hysparse_jax.training.checkpoint import Checkpoints
@@ -59,6 +60,8 @@ def train(cfg: config.Config, workdir,
 
   with (jax.set_mesh(mesh),
         Checkpoints(workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as checkpoints):
+    print(f"ops: {_implementations(cfg)}", flush=True)
+
     # The newest good checkpoint, or new weights.
     if checkpoints.latest_step() is None:
       state, start = program.init(jax.random.key(cfg.train.seed)), 0
@@ -123,6 +126,16 @@ def train(cfg: config.Config, workdir,
   for path in plots.run_figures(metrics.read(workdir), workdir / "plots"):
     print(f"wrote {path}")
   return figures
+
+
+def _implementations(cfg) -> str:
+  """What runs for each attention op; a UserError where nothing takes the config's sizes."""
+  try:
+    names = implementations_of(cfg.model, cfg.data.batch_size // cfg.train.grad_accum,
+                               cfg.data.seq_len)
+  except NotImplementedError as error:
+    raise UserError(str(error)) from error
+  return ", ".join(f"{op} {name}" for op, name in names.items())
 
 
 def _check_vocabulary(cfg, tokenizer):
