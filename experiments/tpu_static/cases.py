@@ -131,7 +131,7 @@ def _run(op, shape, which, dtype, segmented, *arrays):
   run = CASES[op](shape, jnp.dtype(dtype))[0]
   if segmented:
     *arrays, segment_ids = arrays
-    run = functools.partial(run, segment_ids=segment_ids, kv_segment_ids=segment_ids)
+    run = functools.partial(run, segment_ids=segment_ids)
   if which == "fwd":
     return run(*arrays)
   out, pullback = jax.vjp(run, *arrays[:-1])
