@@ -193,7 +193,8 @@ def _kernel(
   b, _, part, step = (pl.program_id(a) for a in range(4))
   per_chunk = tiles.chunk // tiles.block_kv
   i = chunk_ref[1 + b] + step
-  position = first_position(bounds_ref, b, i, tiles, query_offset)
+  known = i if query_offset is not None else jnp.minimum(i, num_tiles - 1)   # later ones are idle
+  position = first_position(bounds_ref, b, known, tiles, query_offset)
   lanes = lambda g: pl.ds(g * H if isinstance(g, int) else pl.multiple_of(g * H, H), H)
 
   @pl.when((part == 0) & (step == 0))
