@@ -147,7 +147,7 @@ def assert_rows_close(actual, expected, name: str, size: float = 0.0):
 
 # How much larger than the norm's tolerance one row's error may be, in units of its norm or of the
 # root mean square of the rows' norms, whichever is larger. A row's error is a sum over its own few
-# keys, presumably 2 to 4 times the mean in the worst of some 10,000 rows (not measured); a wrong row
+# keys, presumably 2 to 4 times the mean in the worst of 10,000 rows (not measured); a wrong row
 # has an error of 1 and more, over 100 (bf16) times the mean.
 ROW_FACTOR = 8.0
 
