@@ -267,10 +267,18 @@ def test_lowers_for_cuda(segmented, head_dim, offset):
                                               (None, None)),
     num_blocks=16, offset=None if traced else offset, kernel=True,
   ).lower(lowering_platforms=("cuda",)).as_text()  # fmt: skip
-  plain = offset == 0 and not segmented
-  assert ("fmhaSoftmaxBackward" in text) == plain
   # Forward and selection once each; our backward is two kernels.
-  assert text.count("custom_call @mosaic_gpu_v2") == (2 if plain else 4)
+  assert ("fmhaSoftmaxBackward" in text) == (offset == 0)
+  assert text.count("custom_call @mosaic_gpu_v2") == (2 if offset == 0 and not segmented else 4)
+  assert ("stablehlo.case" in text) == (offset == 0 and segmented)
+
+
+def test_one_segment_a_row():
+  whole = jnp.asarray([[3, 3], [1, 1]])
+  assert op.one_segment(whole, whole)
+  for ids, kv_ids in (([[3, 3], [1, 2]], whole), (whole, [[3, 3], [1, 2]]),
+                      ([[0, 0], [1, 1]], [[0, 0], [1, 1]])):
+    assert not op.one_segment(jnp.asarray(ids), jnp.asarray(kv_ids))
 
 
 @pytest.mark.parametrize("names, kernels", [
@@ -313,6 +321,15 @@ def test_what_is_not_covered_is_named(change, name):
   with pytest.raises(NotImplementedError, match=name):
     op.oracle_attention(q, k, v, query_offset=0, segment_ids=None, kv_segment_ids=None, scale=0.1,
                         **options)
+
+
+@pytest.mark.gpu
+def test_one_document_a_row_takes_the_plain_backward():
+  arrays = _inputs(2, 1500, 8, 2, 128, jnp.bfloat16)
+  ids = jnp.broadcast_to(jnp.asarray([[1], [7]], jnp.int32), (2, 1500))
+  _compare(arrays, 0, (ids, ids), 16, None)
+  text = _run.lower(*arrays, None, ids, ids, num_blocks=16, offset=0, kernel=True).as_text()
+  assert "fmhaSoftmaxBackward" in text
 
 
 @pytest.mark.gpu

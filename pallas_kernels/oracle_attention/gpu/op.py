@@ -2,8 +2,8 @@
 
 Queries go through in launches of bounded size, so that the block maxima, which exist only between
 the two forward kernels, never take more than a few GB. The backward pass is cuDNN's, fed with our
-output and log-sum-exp, for plain causal attention (as many queries as keys, offset 0, no
-segments); for everything else it is ours (`backward.py`).
+output and log-sum-exp, for plain causal attention: as many queries as keys, offset 0, no segments
+or one in each row, which the device looks up. For everything else it is ours (`backward.py`).
 """
 
 import functools
@@ -98,19 +98,28 @@ def _attend_fwd(q, k, v, offset, segment_ids, kv_segment_ids, options):
 def _attend_bwd(options, residuals, grads):
   q, k, v, offset, segment_ids, kv_segment_ids, out, lse = residuals
   grad_out = grads[0].astype(q.dtype)
-  plain = segment_ids is None and options.offset == 0 and q.shape[1] == k.shape[1]
+  operands = q, k, v, out, lse, grad_out
+  ours = functools.partial(
+    backward.backward, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
+    query_offset=offset if options.offset is None else options.offset, scale=options.scale,
+    interpret=options.interpret)
   with jax.named_scope("oracle_attention_backward"):
-    if plain and options.interpret is None:
-      grads = cudnn_backward.backward(q, k, v, out, lse, grad_out, scale=options.scale)
+    if options.offset != 0 or q.shape[1] != k.shape[1] or options.interpret is not None:
+      grads = ours(*operands)
     else:
-      grads = backward.backward(
-        q, k, v, out, lse, grad_out, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
-        query_offset=offset if options.offset is None else options.offset, scale=options.scale,
-        interpret=options.interpret)
+      cudnn = functools.partial(cudnn_backward.backward, scale=options.scale)
+      grads = (cudnn(*operands) if segment_ids is None else
+               lax.cond(one_segment(segment_ids, kv_segment_ids), cudnn, ours, *operands))
   return (*grads, None, None, None)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def one_segment(segment_ids, kv_segment_ids):
+  """bool []: every row's queries and keys, i32 [B, T] and [B, S], have one nonzero segment id."""
+  first = segment_ids[:, :1]
+  return ((segment_ids == first) & (first != 0)).all() & (kv_segment_ids == first).all()
 
 
 def launch_rows(batch, num_queries, num_keys, num_heads):
