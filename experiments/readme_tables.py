@@ -100,12 +100,12 @@ def _cell(values, op, selection, shape, passes, form=None) -> str:
 
 def step_table(rows) -> str:
   """Markdown: whole training steps of a model and its baselines, with and without segment ids."""
-  last = {(row["shape"], row["attention"], row.get("segmented", False)): row
+  last = {(row["shape"], row["attention"], row["documents"], row.get("segmented", False)): row
           for row in rows if row["op"] == "train_step"}
-  lines = ["| | attention | documents | tokens/s | MFU | peak memory |", "|---" * 6 + "|"]
-  for (shape, attention, segmented), row in sorted(last.items(), reverse=True):
+  lines = ["| | attention | documents | ms | tokens/s | MFU | peak memory |", "|---" * 7 + "|"]
+  for (shape, attention, documents, segmented), row in sorted(last.items(), reverse=True):
     lines.append(_line([shape, attention], [
-      f"{row['documents']}, packed" if segmented else f"{row['documents']}, no segments",
+      f"{documents}" if segmented else f"{documents}, no segment ids", f"{row['ms']:,.0f}",
       f"{row['tokens_per_second']:,.0f}", f"{100 * row['mfu']:.0f} %",
       f"{row['peak_bytes'] / 1e9:.0f} GB"]))
   return "\n".join(lines)
