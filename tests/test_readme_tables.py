@@ -45,11 +45,11 @@ def test_the_verdicts_in_the_readme_are_the_report_s():
 
 def test_steps_with_and_without_segments_have_a_line_each():
   row = {"op": "train_step", "shape": "7b", "attention": "full", "documents": 1, "mfu": 0.4,
-         "tokens_per_second": 2000.0, "peak_bytes": 5e9}
+         "ms": 1500.0, "tokens_per_second": 2000.0, "peak_bytes": 5e9}
   packed = row | {"documents": 9, "segmented": True, "tokens_per_second": 1900.0}
   lines = readme_tables.step_table([row, packed, row | {"tokens_per_second": 2100.0}]).splitlines()
-  assert lines[2:] == ["| 7b | full | 9, packed | 1,900 | 40 % | 5 GB |",
-                       "| 7b | full | 1, no segments | 2,100 | 40 % | 5 GB |"]
+  assert lines[2:] == ["| 7b | full | 9 | 1,500 | 1,900 | 40 % | 5 GB |",
+                       "| 7b | full | 1, no segment ids | 1,500 | 2,100 | 40 % | 5 GB |"]
 
 
 def test_small_models_are_means_over_seeds_at_the_tuned_rate():
