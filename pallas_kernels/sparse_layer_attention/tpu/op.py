@@ -295,13 +295,10 @@ def _backward(window, query_offset, scale, inputs, plan, options):
     scale, plan, options)
   grads |= {"k": shared["k"], "v": shared["v"], "sinks_sparse": shared["sinks"]}
   k_local, v_local = inputs["k_local"], inputs["v_local"]
-  tiles = tpu_attention.backward_tiles(
-    q.shape[1], k_local.shape[1], q.shape[2] // k_local.shape[2],
-    max(q.shape[3], v_local.shape[3]), q.dtype, window=window)
   placement = Placement(segment_ids, inputs["local_kv_segment_ids"], inputs["local_offsets"])
   dq, grads["k_local"], grads["v_local"], grads["sinks_local"] = tpu_attention.backward(
     q, k_local, v_local, placement, inputs["sinks_local"], inputs["out_local"],
-    inputs["lse_local"].swapaxes(1, 2), branch["local"], query_offset=query_offset, tiles=tiles,
+    inputs["lse_local"].swapaxes(1, 2), branch["local"], query_offset=query_offset,
     scale=scale, window=window, interpret=options.interpret)
   grads["q"] = (shared["q"].astype(jnp.float32) + dq.astype(jnp.float32)).astype(q.dtype)
   return grads
