@@ -313,11 +313,26 @@ class Sizes:
     return self.segment_blocks * self.block_size
 
 
-def table_operands(plan, config, sizes):
-  """{name: (table, spec)} of `walk_tables`."""
-  tables = walk_tables(plan, config, sizes.segment, sizes.segment_blocks)
-  return {name: (table, smem(table))
-          for name, table in zip(("head", "spans", "blocks", "words"), tables)}
+def launches(q, k, v, plan, config, segment_blocks, segment_ids, kv_segment_ids, more=None):
+  """Yields (whether it is the last, `Sizes`, operands {name: (array, spec)}) for each key segment.
+
+  Args:
+    q, k, v, plan, config, segment_blocks, segment_ids, kv_segment_ids: as in `forward.forward`.
+    more: sizes -> further operands, or None.
+  """
+  count = k.shape[1] // (segment_blocks * plan.block_size)
+  for segment in range(count):
+    sizes = Sizes.of(plan, segment, segment_blocks, count, segment_ids is not None)
+    tables = walk_tables(plan, config, segment, segment_blocks)
+    operands = {name: (table, smem(table))
+                for name, table in zip(("head", "spans", "blocks", "words"), tables)}
+    operands["q"] = q, program_rows(config, sizes, q.shape[-1])
+    operands |= {} if more is None else more(sizes)
+    operands |= {name: (x, resident(sizes.key_rows, x.shape[-1], segment))
+                 for name, x in (("k", k), ("v", v))}
+    yield segment == count - 1, sizes, operands | segment_operands(
+      segment_ids, kv_segment_ids, config, sizes, plan.counts.shape[1], q.shape[1] // sizes.group,
+      k.shape[1])
 
 
 def program_rows(config, sizes, width):
