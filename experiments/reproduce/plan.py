@@ -200,8 +200,8 @@ def predicted_minutes(preset_: Preset, piece: Piece) -> float:
 def _reference_flops(preset_, run) -> float:
   """Dense causal attention in every layer and branch: forward, recomputed, and backward twice."""
   cfg = run.cfg
-  per_token = lambda tokens: accounting.train_flops_per_token(accounting.twins(cfg.model)["full"],
-                                                              tokens) / 3
+  per_token = lambda tokens: accounting.train_flops_per_token(
+    accounting.baselines(cfg.model)["full"], tokens) / 3
   forward = lambda tokens: (1 + cfg.model.local_branch) * (per_token(tokens) - per_token(1))
   evaluated = sum(forward(length) * length for length in run.lengths)
   return (4 * forward(cfg.data.seq_len) * tokens_of(cfg)

@@ -9,7 +9,6 @@ steps, so a tile of mean union U takes (U + (n - 1) / 2) / n of them.
 
 import functools
 import math
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +80,7 @@ def _arrays(shape):
 
 def _run(shape, which, q, k, v, out, lse, dout):
   """One pass by itself: under `jax.vjp` the compiler gives kernels other names."""
-  _, plan = tpu_cases.picks(shape)
+  _, plan = tpu_cases.selected(shape)
   scale = shape.head_dim ** -0.5
   options = mosaic_tpu.Options(dense=False).loops_of(mosaic_tpu.tpu_generation())
   if which == "fwd":
@@ -132,13 +131,10 @@ def rows(op, shape_name, generation, which, names=None):
     case = tpu_cases.case("hybrid_sparse_attention_lists", shape, "fwd")
   else:
     case = functools.partial(_run, shape, which), _arrays(shape)
-  directory, memory = tpu_static.dump(generation, case[0], *case[1])
-  try:
+  with tpu_static.dump(generation, case[0], *case[1]) as (directory, memory):
     launches = tpu_static.launches(directory, kernel)
     spans = [tpu_static.spans(directory, name) for name in launches]
     vmem = max(tpu_static.vmem_bytes(directory, name) for name in launches)
-  finally:
-    shutil.rmtree(directory)
   out = []
   for selection in names:
     union = mean_union(selection, shape)
