@@ -137,6 +137,23 @@ def _least(task, ids) -> int:
   return TASKS[task](_Maker(ids), None)
 
 
+def different_words(rng, letters: int, count: int, length: int) -> np.ndarray:
+  """`count` different words of `length` letters each, numbered from 0: i64 [count, length]."""
+  numbers = rng.choice(letters ** length, size=count, replace=False)
+  return np.stack(np.unravel_index(numbers, (letters,) * length), -1)
+
+
+def inserted(haystack: np.ndarray, lines, cuts):
+  """The haystack with line n before its token cuts[n] -> tokens i64 [.], start of each line."""
+  pieces, starts, at, written = [], [0] * len(lines), 0, 0
+  for index in np.argsort(cuts, kind="stable").tolist():
+    pieces += [haystack[at:cuts[index]], np.asarray(lines[index])]
+    starts[index] = written + cuts[index] - at
+    written = starts[index] + len(lines[index])
+    at = cuts[index]
+  return np.concatenate([*pieces, haystack[at:]]).astype(np.int64), starts
+
+
 class _Maker:
   """What the tasks draw with. Without a generator they return their smallest length instead."""
 
@@ -152,8 +169,7 @@ class _Maker:
     if count > space:
       raise UserError(f"{self.name} needs {count} different words, {len(alphabet)} ids spell only "
                       f"{space}; use a shorter length or a larger model.vocab_size")
-    numbers = self.rng.choice(space, size=count, replace=False)
-    return np.stack(np.unravel_index(numbers, (len(alphabet),) * tokens), -1) + alphabet.start
+    return different_words(self.rng, len(alphabet), count, tokens) + alphabet.start
 
   def values(self, count: int, tokens: int) -> np.ndarray:
     return self.words(self.ids.values, count, tokens)
@@ -176,14 +192,7 @@ class _Maker:
   def hide(self, lines: list, haystack: np.ndarray, in_order: bool = False):
     """The haystack with the lines at random places -> tokens i64 [.], start of each line."""
     cuts = self.rng.integers(0, len(haystack) + 1, len(lines))
-    cuts = np.sort(cuts) if in_order else cuts
-    pieces, starts, at, written = [], [0] * len(lines), 0, 0
-    for index in np.argsort(cuts, kind="stable").tolist():
-      pieces += [haystack[at:cuts[index]], np.asarray(lines[index])]
-      starts[index] = written + cuts[index] - at
-      written = starts[index] + len(lines[index])
-      at = cuts[index]
-    return np.concatenate([*pieces, haystack[at:]]).astype(np.int64), starts
+    return inserted(haystack, lines, np.sort(cuts) if in_order else cuts)
 
   def finish(self, context, question, answers, starts) -> Sample:
     """context + question + answers; `starts` are the places of the answers' evidence, or None."""
