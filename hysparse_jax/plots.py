@@ -158,7 +158,7 @@ def heat_map(values, x_labels, y_labels, path, *, title: str, x_name: str, y_nam
 
 
 def block_map(picked: dict, path, *, block_size: int):
-  """Which key blocks each token picks: a panel per full layer, rows tokens, columns key blocks.
+  """The key blocks each token selects: a panel per full layer, rows tokens, columns key blocks.
 
   Args:
     picked: layer -> i32 [T, P] of one KV head, -1 for none.
@@ -203,10 +203,10 @@ def coverage_by_layer(layers, path, *, chance: float):
 
 
 def overlap_by_layer(unions: dict, path):
-  """Distinct blocks among w consecutive tokens' picks, a line per full layer.
+  """Distinct blocks that w consecutive tokens select, a line per full layer.
 
   Args:
-    unions: layer -> {w: mean number of distinct blocks}, w = 1 being what one token picks.
+    unions: layer -> {w: mean number of distinct blocks}, w = 1 being what one token selects.
     path: of the PNG.
   """
   figure, axis = plt.subplots(figsize=(6, 4))

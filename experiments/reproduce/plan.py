@@ -47,7 +47,7 @@ WATCHED = ("hysparse", "hysparse_m3")    # whose oracle is looked at, in the run
 RATES = (0.5, 1.0, 2.0)      # of the base learning rates: the grid that every family is tuned on
 TUNE_SHARE = 4 / 7           # of the steps that a tuning run takes
 
-# For predictions only: what an H200 is hoped to reach, and what a run takes besides.
+# For predictions only: what an H200 is hoped to reach, and what a run takes in addition.
 PEAK_FLOPS, UTILISATION = 790e12, 0.35
 REFERENCE_FLOPS = 15e12      # of dense float32 attention where no kernel covers the block size
 COMPILE_MINUTES = 1.0        # per training run, evaluation's programs included

@@ -19,7 +19,7 @@ def write(preset: Preset, results: list[dict], overlap: list[dict], workdir,
           note: str = "") -> pathlib.Path:
   """Writes report.md and its plots; what was not run yet is named as missing.
 
-  `note` says what the rows cannot, such as runs that shared a GPU; it stands at the head.
+  `note` says what the rows cannot, such as runs that shared a GPU; it comes at the head.
   """
   workdir = pathlib.Path(workdir)
   final = chosen_rows(results)

@@ -26,11 +26,11 @@ class Cost:
   Attributes:
     kernel: its name.
     bundles_per_step: of the part that runs most: all heads of a step on one key tile.
-    steps: how often that part runs, its masked twin included.
+    steps: how often that part runs, its masked version included.
     flops_per_step: of its matmuls.
     mxu_busy: share of the matrix units' slots taken in it, by the compiler's own count.
     bundles: of everything.
-    selection_bundles: of these, for picking blocks.
+    selection_bundles: of these, for selecting blocks.
   """
 
   kernel: str

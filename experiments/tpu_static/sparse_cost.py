@@ -3,7 +3,7 @@
     rows = tpu_sparse_cost.rows("block_sparse_attention", "7b_32k", "v5e", "fwd")
 
 Counts, not timings: no wait for HBM, for DMA or between grid steps is in them. How often the loop
-runs depends on the picks, here on the mean union of a tile's tokens. A list is padded to whole
+runs depends on the selection, here on the mean union of a tile's tokens. A list is padded to whole
 steps, so a tile of mean union U takes (U + (n - 1) / 2) / n of them.
 """
 
@@ -28,7 +28,7 @@ _KERNELS = {"fwd": ("block_sparse_forward", 2), "bwd": ("block_sparse_backward",
 
 @functools.cache
 def mean_union(selection, shape):
-  """Mean number of blocks that the tokens of a tile picked together."""
+  """Mean number of blocks that the tokens of a tile selected together."""
   tile = tpu_plan.ROWS // tpu_plan.padded_group(shape.num_heads // shape.num_kv_heads)
   picks = selections.selection(selection, shape.num_kv_heads, shape.tokens)
   picks = np.sort(picks.reshape(shape.num_kv_heads, -1, tile * picks.shape[-1]), axis=-1)

@@ -5,7 +5,7 @@ between 0 (the start) and 1 (right before the question); the text ends with `qkz
 has to go on with the value. Keys and values are random, so only the context determines them.
 Distractors are further such lines with other keys and values, at random depths.
 
-Everything is built from tokens, not from text: needle, question and value are encoded apart, so the
+Built from tokens, not from text: needle, question and value are encoded apart, so the
 value's tokens are the same in the needle and in the answer whatever the tokenizer merges.
 """
 

@@ -65,7 +65,7 @@ def plan_blocks(block_indices, *, num_heads, num_keys=None, block_size=64, query
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
                            segment_ids=None, kv_segment_ids=None, scale=None, plan=None,
                            implementation=None):
-  """Causal GQA softmax attention of each query over its picked key blocks only.
+  """Causal GQA softmax attention of each query over its selected key blocks only.
 
   All G heads of a group use the same blocks; inside the query's own block the mask is causal
   (HySparse, sparse branch).

@@ -29,7 +29,7 @@ MAX_KEYS = 2048               # per key tile
 
 
 class Placement(NamedTuple):
-  """Where queries and keys stand: the arrays of it; None where there is none.
+  """Documents and positions of queries and keys; None where there are none.
 
   Attributes:
     segment_ids: i32 [B,T], the queries' documents.
@@ -157,7 +157,7 @@ def pad(x, tokens, width=None):
 
 
 def _padded(q, k, v, placement, query_offset, block_q, block_kv):
-  """q, k and v of whole tiles and whole lanes, and what the kernels need to know of them."""
+  """q, k and v of whole tiles and whole lanes, and the other arguments of the kernels."""
   num_queries, num_keys = q.shape[1], k.shape[1]
   padded_queries, padded_keys = round_up(num_queries, block_q), round_up(num_keys, block_kv)
   width = round_up(max(q.shape[-1], v.shape[-1]), tpu.LANES)

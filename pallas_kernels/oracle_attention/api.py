@@ -25,7 +25,7 @@ def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, query_offset=0, s
       sees: they take part with weight 0, and 0 * NaN is NaN.
     v: [B,S,K,E]; its head dim E may differ from H.
     block_size: keys per block; the last block may be short.
-    num_blocks: P, blocks to pick. 0 makes this plain causal attention.
+    num_blocks: P, blocks to select. 0 makes this plain causal attention.
     query_offset: int, i32 [] or i32 [B], at least 0: the key index of query 0. Query t of row b
       sees the keys up to query_offset[b] + t, which may lie beyond the last key.
     segment_ids: i32 [B,T] or None, the queries' documents. A query attends within its document

@@ -2,8 +2,8 @@
 
 A tile is `ROWS` rows, tokens x query heads of one KV head. Its list holds every block that one of
 its tokens selected (the union), with a bit for each token that did. Lists descend, so that the
-blocks which need the causal mask come first and the blocks of a segment of the keys stand
-together. The static width is the most a tile can pick, so nothing is ever left out.
+blocks which need the causal mask come first and the blocks of a segment of the keys are
+adjacent. The static width is the most a tile can select, so no block is left out.
 
 XLA operations that TPUs do well: two sorts of short rows and shifts, no scatter, no atomics; so a
 plan, and every sum that follows its order, is the same bit for bit on every run.
@@ -61,7 +61,7 @@ class TilePlan:
 
   @property
   def may_pass_end(self):
-    """Whether a query may stand behind the last key."""
+    """Whether a query may come after the last key."""
     return self.query_offset is None or self.query_offset + self.tokens > self.num_keys
 
   def causal_entries(self):

@@ -192,7 +192,7 @@ class ListWalk:
     return ref[0, 0, pl.ds(tile, 1), :]
 
   def biases(self, entries):
-    """[8, R] for each block: 0 in the lanes of tokens that picked it, `MASKED` in the others."""
+    """[8, R] for each block: 0 in the lanes of tokens that selected it, `MASKED` in the others."""
     token = lax.broadcasted_iota(jnp.int32, (8, self.sizes.rows), 1) // self.sizes.group
     found = []
     for _, _, words in entries:
@@ -275,7 +275,7 @@ class Sizes:
     rows: R, rows of a tile: tile_tokens * group.
     words: membership words of a (tile, block).
     causal_entries: a list's first entries, which the causal mask may hide in part.
-    num_keys: S, where queries may stand behind the last key and its block is padded; or None.
+    num_keys: S, where queries may come after the last key and its block is padded; or None.
     first_block: of the key segment; segment_blocks: how many it has.
     segment: its number.
     partial: whether there are others.

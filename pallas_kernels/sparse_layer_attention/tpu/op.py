@@ -1,7 +1,7 @@
 """The attention of a sparse layer on TPU, in one forward kernel.
 
 The block-sparse kernel runs the sparse branch; when a tile of it is done, `WindowEpilogue` adds the
-local branch for the same queries (the window's keys stand next to each other), each branch with
+local branch for the same queries (the window's keys are adjacent), each branch with
 its own sinks, gates both and writes the sum. The queries are read once and the result written once.
 The backward pass is three parts: XLA for the gates, the block-sparse kernel, the window kernel.
 
