@@ -54,7 +54,7 @@ GENERATIONS = {g.name: g for g in (
   Generation("v6e", "v6e:2x2", 128 << 20, 34_400_000_000, 1.64e12, 1, 1.755e9, 2**19),
 )}
 
-# Without these libtpu asks the cloud's metadata server which machine this is, warns without an answer,
+# Without these libtpu asks the cloud's metadata server for the machine, warns if none answers,
 # and refuses to be loaded by two processes.
 COMPILER_ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
