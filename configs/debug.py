@@ -1,7 +1,7 @@
 """Four layers of width 32 for five steps: every part of a run, in seconds; for jax.disable_jit too.
 
     python -m experiments.train --config=configs/debug.py --workdir=runs/debug
-    the twins: configs/debug.py:full, configs/debug.py:swa
+    the baselines: configs/debug.py:full, configs/debug.py:swa
 
 No paper figure, no metric is meant. Hardware: one CPU core, meant to take seconds. Not run yet.
 """

@@ -1,7 +1,7 @@
 """A HySparse small enough for two CPU cores: 5 layers, 2 full and 3 sparse, on raw bytes.
 
     python -m experiments.train --config=configs/tiny.py --workdir=runs/tiny
-    the twins, same everything but the attention: configs/tiny.py:full, configs/tiny.py:swa
+    the baselines, same everything but the attention: configs/tiny.py:full, configs/tiny.py:swa
 
 Stands for the paper's 7B comparisons (table 2) at a size anyone can run; block, selection and
 window shrink with the 256-token rows, so that the selection is a quarter of them.

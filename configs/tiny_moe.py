@@ -1,7 +1,7 @@
 """The tiny model with a mixture of experts in every layer: 16 experts of width 128, 2 active.
 
     python -m experiments.train --config=configs/tiny_moe.py --workdir=runs/tiny_moe
-    the twins: configs/tiny_moe.py:full, configs/tiny_moe.py:swa
+    the baselines: configs/tiny_moe.py:full, configs/tiny_moe.py:swa
 
 Stands for the paper's 80B-A3B model as configs/tiny.py does for the 7B.
 Hardware: two CPU cores. Not run yet: no time or metric of our own.

@@ -49,7 +49,7 @@ def account(cfg: ModelConfig, tokens: int, kv_dtype: str = "bf16") -> Account:
     kv_read_bytes_per_decoded_token=_kv_reads(cfg, tokens) * KV_DTYPE_BYTES[kv_dtype])
 
 
-def twins(cfg: ModelConfig) -> dict[str, ModelConfig]:
+def baselines(cfg: ModelConfig) -> dict[str, ModelConfig]:
   """The baselines: full attention in every layer, and windows in place of the sparse layers."""
   return {attention: dataclasses.replace(cfg, attention=attention, local_branch=True,
                                          local_shares_kv=False, block_choice="oracle")
@@ -57,16 +57,16 @@ def twins(cfg: ModelConfig) -> dict[str, ModelConfig]:
 
 
 def account_row(cfg: ModelConfig, tokens: int, kv_dtype: str = "bf16") -> dict:
-  """`account` as plain numbers, with those of its twins under `full` and `swa`."""
+  """`account` as plain numbers, with those of its baselines under `full` and `swa`."""
   row = dataclasses.asdict(account(cfg, tokens, kv_dtype))
-  for name, twin in twins(cfg).items():
-    row[name] = dataclasses.asdict(account(twin, tokens, kv_dtype))
+  for name, baseline in baselines(cfg).items():
+    row[name] = dataclasses.asdict(account(baseline, tokens, kv_dtype))
   row["kv_ratio_to_full"] = row["full"]["kv_bytes_total"] / row["kv_bytes_total"]
   return row
 
 
 def summary(cfg: ModelConfig, tokens: int, kv_dtype: str = "bf16") -> str:
-  """`account_row` as a table for people: this config beside its full-attention and SWA twins."""
+  """`account_row` as a table for people: this config beside its baselines."""
   row = account_row(cfg, tokens, kv_dtype)
   columns = [row, row["full"], row["swa"]]
   lines = [

@@ -80,7 +80,7 @@ def _gates(rows):
 
 
 def architecture(cfg: ModelConfig, path, *, title: str):
-  """The layers of a config and who reads whose KV; beside it the cache it and its twins need."""
+  """A config's layers and whose KV each reads; beside it the cache of it and its baselines."""
   figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.8), width_ratios=(2, 1))
   full_color, sparse_color, ring_color = "#1f3b5c", "#8fb8de", "#f2a65a"
   start = 0
@@ -98,7 +98,7 @@ def architecture(cfg: ModelConfig, path, *, title: str):
         connectionstyle="arc3,rad=-0.15"))
   left.set(xlim=(-0.5, cfg.num_layers + 0.3), ylim=(-1.25, 2.1), yticks=[], xlabel="layer")
   left.spines[["left", "right", "top"]].set_visible(False)
-  names = [(full_color, "full attention: keeps all KV, picks "
+  names = [(full_color, "full attention: keeps all KV, selects "
                         f"{cfg.num_blocks} blocks of {cfg.block_size} keys per token"),
            (sparse_color, "sparse: reads those blocks of the full layer's KV"),
            (ring_color, f"its own window of {cfg.window} tokens")]
@@ -107,14 +107,13 @@ def architecture(cfg: ModelConfig, path, *, title: str):
               handlelength=1.0, labelspacing=0.25)
   left.set_title(title)
   tokens = 2 ** np.arange(10, 21)
-  twins = {"full attention": accounting.twins(cfg)["full"], "HySparse": cfg,
-           "Hybrid SWA": accounting.twins(cfg)["swa"]}
-  styles = {"full attention": ("#b03a2e", "-"), "HySparse": (full_color, "-"),
-            "Hybrid SWA": (ring_color, "--")}
-  totals = {name: [accounting.account(twin, int(n)).kv_bytes_total / 1e9 for n in tokens]
-            for name, twin in twins.items()}
-  for name, total in totals.items():
-    right.plot(tokens, total, styles[name][1], color=styles[name][0], label=name)
+  full, swa = (accounting.baselines(cfg)[name] for name in ("full", "swa"))
+  totals = {}
+  for name, model, color, style in (("full attention", full, "#b03a2e", "-"),
+                                    ("HySparse", cfg, full_color, "-"),
+                                    ("Hybrid SWA", swa, ring_color, "--")):
+    totals[name] = [accounting.account(model, int(n)).kv_bytes_total / 1e9 for n in tokens]
+    right.plot(tokens, totals[name], style, color=color, label=name)
   more, less = totals["full attention"][-3], totals["HySparse"][-3]
   right.annotate(f"{more / less:.1f}x", (tokens[-3], (more * less) ** 0.5), ha="center")
   right.set_xscale("log", base=2)
@@ -159,7 +158,7 @@ def heat_map(values, x_labels, y_labels, path, *, title: str, x_name: str, y_nam
 
 
 def block_map(picked: dict, path, *, block_size: int):
-  """Which key blocks each token picks: a panel per full layer, rows tokens, columns key blocks.
+  """The key blocks each token selects: a panel per full layer, rows tokens, columns key blocks.
 
   Args:
     picked: layer -> i32 [T, P] of one KV head, -1 for none.
@@ -204,10 +203,10 @@ def coverage_by_layer(layers, path, *, chance: float):
 
 
 def overlap_by_layer(unions: dict, path):
-  """Distinct blocks among w consecutive tokens' picks, a line per full layer.
+  """Distinct blocks that w consecutive tokens select, a line per full layer.
 
   Args:
-    unions: layer -> {w: mean number of distinct blocks}, w = 1 being what one token picks.
+    unions: layer -> {w: mean number of distinct blocks}, w = 1 being what one token selects.
     path: of the PNG.
   """
   figure, axis = plt.subplots(figsize=(6, 4))

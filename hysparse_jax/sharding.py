@@ -39,30 +39,15 @@ SELECTED = ("batch", "kv_heads", "seq", None)
 # are the last axes of an array: axes stacked in front, such as a cache's layers, are not split. Of
 # a plan they are the leading axes of every leaf.
 OPERANDS = {
-  "q": HEADS,
-  "k": KV,
-  "v": KV,
-  "k_local": KV,
-  "v_local": KV,
-  "k_ring": KV,
-  "v_ring": KV,
-  "k_new": KV,
-  "v_new": KV,
+  **dict.fromkeys(("q", "gate_sparse", "gate_local", "out"), HEADS),
+  **dict.fromkeys(("k", "v", "k_local", "v_local", "k_ring", "v_ring", "k_new", "v_new"), KV),
   "block_indices": SELECTED,
   "plan": ("batch", "kv_heads"),
-  "gate_sparse": HEADS,
-  "gate_local": HEADS,
-  "sinks": ("heads",),
-  "sinks_sparse": ("heads",),
-  "sinks_local": ("heads",),
-  "segment_ids": TOKENS,
-  "kv_segment_ids": TOKENS,
-  "local_kv_segment_ids": TOKENS,
-  "query_positions": TOKENS,
-  "query_offset": ("batch",),
-  "local_query_offset": ("batch",),
+  **dict.fromkeys(("sinks", "sinks_sparse", "sinks_local"), ("heads",)),
+  **dict.fromkeys(("segment_ids", "kv_segment_ids", "local_kv_segment_ids", "query_positions"),
+                  TOKENS),
+  **dict.fromkeys(("query_offset", "local_query_offset"), ("batch",)),
   "layer": (),
-  "out": HEADS,
 }
 
 

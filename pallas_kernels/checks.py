@@ -60,10 +60,11 @@ def check_heads(op, sizes):
           "repeat or drop heads")
 
 
-def check_scale(op, scale):
-  """Checks that `scale` is None or a positive Python number."""
+def check_scale(op, scale, sizes):
+  """`scale`, a positive Python number, or 1/sqrt(H) for None."""
   require(scale is None or (isinstance(scale, (int, float)) and scale > 0),
           f"{op}: scale={scale!r}; wanted a positive number, or None for 1/sqrt(H)")
+  return sizes["H"] ** -0.5 if scale is None else scale
 
 
 def check_sinks(op, name, sinks, sizes):
@@ -124,6 +125,27 @@ def check_segments(op, segment_ids, kv_segment_ids, query_offset, sizes, keys="S
     return segment_ids, segment_ids
   check_shape(op, kv_name, kv_segment_ids, "B" + keys, sizes, ("int32",))
   return segment_ids, kv_segment_ids
+
+
+def check_attention(op, q, k, v, query_offset, segment_ids, kv_segment_ids, scale):
+  """Checks the arguments that the attention ops of whole sequences share.
+
+  Returns:
+    {letter: size} of BTNHSKE, and {"query_offset", "segment_ids", "kv_segment_ids", "scale"} as the
+    implementations take them.
+
+  Raises:
+    ValueError: one does not fit.
+  """
+  sizes = {}
+  check_shape(op, "q", q, "BTNH", sizes)
+  check_shape(op, "k", k, "BSKH", sizes)
+  check_shape(op, "v", v, "BSKE", sizes)
+  check_heads(op, sizes)
+  query_offset = check_offset(op, "query_offset", query_offset, sizes)
+  segment_ids, kv_segment_ids = check_segments(op, segment_ids, kv_segment_ids, query_offset, sizes)
+  return sizes, {"query_offset": query_offset, "segment_ids": segment_ids,
+                 "kv_segment_ids": kv_segment_ids, "scale": check_scale(op, scale, sizes)}
 
 
 def check_broadcast(op, name, array, axes, sizes):

@@ -25,7 +25,7 @@ def tpu_interpreter():
 
 
 def cast(x, layout, interpret=None):
-  """`layout_cast`, which GPU interpret mode of 0.10.2 does not know."""
+  """`layout_cast`, which GPU interpret mode of 0.10.2 does not support."""
   return x if interpret is not None else plgpu.layout_cast(x, layout)
 
 

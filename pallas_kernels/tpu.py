@@ -54,7 +54,7 @@ GENERATIONS = {g.name: g for g in (
   Generation("v6e", "v6e:2x2", 128 << 20, 34_400_000_000, 1.64e12, 1, 1.755e9, 2**19),
 )}
 
-# Without these libtpu asks the cloud's metadata server who it is, complains that it does not know,
+# Without these libtpu asks the cloud's metadata server for the machine, warns if none answers,
 # and refuses to be loaded by two processes.
 COMPILER_ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -98,11 +98,11 @@ def topology(name):
   """libtpu's description of a slice, such as "v5p:2x2x1"; its `devices` are absent.
 
   Raises:
-    RuntimeError: libtpu is not installed, or knows no such slice.
+    RuntimeError: libtpu is not installed, or has no such slice.
   """
   if importlib.util.find_spec("libtpu") is None:
     raise RuntimeError("compiling for TPU needs libtpu; pip install -r requirements-dev.txt")
-  if jax.config.jax_platforms == "cpu":      # a TPU VM knows better
+  if jax.config.jax_platforms == "cpu":      # on a TPU VM the defaults are right
     for variable, value in COMPILER_ENVIRONMENT.items():
       os.environ.setdefault(variable, value)
   from jax.experimental import topologies

@@ -158,10 +158,10 @@ def test_per_head_gates_bring_the_80b_near_3_5b_active():
   assert 3.4e9 < account(cfg, 1).active_params < 3.7e9
 
 
-def test_twins_of_an_ablation_exist():
+def test_baselines_of_an_ablation_exist():
   for fields in (dict(local_branch=False), dict(local_shares_kv=True)):
-    twins = accounting.twins(dataclasses.replace(SMALL, **fields))
-    assert [twins[name].attention for name in ("full", "swa")] == ["full", "swa"]
+    baselines = accounting.baselines(dataclasses.replace(SMALL, **fields))
+    assert [baselines[name].attention for name in ("full", "swa")] == ["full", "swa"]
 
 
 def test_bad_lengths_and_dtypes():

@@ -61,7 +61,7 @@ def test_forward_and_backward_compile(op, generation, tokens, heads):
 def test_a_range_of_queries_compiles(op):
   """2,048 queries a row, at traced offsets, over 32,768 keys: memory as for those queries."""
   shape = AttentionShape(batch=2, tokens=2_048, num_heads=32, num_kv_heads=8, head_dim=128)
-  fn, arrays = tpu_cases.range_case(op, shape, num_keys=32_768)
+  fn, arrays = tpu_cases.case(op, shape, "fwd_bwd", num_keys=32_768)
   lowered = tpu.lower_for("v5p", fn, *arrays)
   kernels, units = OPS.get(op, (("block_sparse_forward", "block_sparse_backward",
                                  "attention_backward"), 26))

@@ -67,7 +67,7 @@ def test_the_oracle_costs_little_more_than_the_same_attention_without_it():
 @needs_libtpu
 def test_a_compiler_error_is_passed_on():
   with pytest.raises(RuntimeError, match="nowhere"):
-    tpu_static.dump("nowhere", len, [])
+    tpu_static.dump("nowhere", len, []).__enter__()
 
 
 def test_kernels_are_found_in_a_dump(tmp_path):

@@ -21,8 +21,13 @@ import pallas_kernels
 from experiments import cli
 from hysparse_jax.errors import UserError
 from pallas_kernels.named_shapes import AttentionShape
+from pallas_kernels.oracle_attention.reference import pad_keys
 from pallas_kernels.reference.block_selection import select_blocks
-from pallas_kernels.reference.masked_attention import masked_attention
+from pallas_kernels.reference.masked_attention import (
+  causal_arrays,
+  causal_mask,
+  masked_attention,
+)
 
 SHAPES = {
   "g4": AttentionShape(tokens=1000, num_heads=8, num_kv_heads=2, head_dim=128, num_blocks=8),
@@ -32,7 +37,7 @@ SHAPES = {
 OPS = ("oracle_attention", "block_sparse_attention", "sliding_window_attention",
        "hybrid_sparse_attention")
 LIMIT = 1e-2      # ||x - ref|| / ||ref||; operands, probabilities and result have 8 bits each
-TIE = 2e-5        # log weights closer than this are one value in float32
+TIE = 2e-5        # closer log weights are equal: float32 sums of 128 products in another order
 
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu", "triton": "gpu"}
 
@@ -54,18 +59,15 @@ def inputs(shape: AttentionShape, segmented: bool):
           jnp.linspace(-1.0, 2.0, n), draw(n), segments)
 
 
-def log_weights(q, k, segment_ids):
+def log_weights(q, k, segment_ids, kv_segment_ids=None, query_offset=0):
   """f32 [B,K,T,C]: each block's largest log softmax weight, -inf where no key is visible."""
-  batch, tokens = q.shape[:2]
-  pad = -tokens % 64
-  q, k = (jnp.pad(x.astype(jnp.float32), ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k))
-  position = jnp.arange(tokens + pad)
-  visible = jnp.broadcast_to((position[:, None] >= position) & (position < tokens),
-                             (batch, 1, tokens + pad, tokens + pad))
-  if segment_ids is not None:
-    ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    visible &= ((ids[:, :, None] == ids[:, None]) & (ids != 0)[:, None])[:, None]
-  return masked_attention(q * q.shape[-1] ** -0.5, k, k, visible, block_size=64)[1][:, :, :tokens]
+  kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+  queries, keys = causal_arrays(
+    q, k, k, query_offset=query_offset, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
+    scale=q.shape[-1] ** -0.5)
+  keys = pad_keys(keys, -k.shape[1] % 64)
+  return masked_attention(queries["q"], keys["k"], keys["v"], causal_mask(queries, keys),
+                          block_size=64)[1]
 
 
 def wrong_picks(picked, scores) -> tuple[int, int]:
@@ -100,8 +102,10 @@ def check(op: str, shape: AttentionShape, segmented: bool, implementation: str |
   @functools.partial(jax.jit, static_argnums=0)
   def run(name, arrays, fixed_arrays, dout):
     options = dict(fixed) | fixed_arrays
-    def forward(*arrays):
-      out = _call(op, arrays, options, segments, name)
+    indices = (options.pop("block_indices"),) if "block_indices" in options else ()
+    def forward(q, k, v, *rest):
+      out = getattr(pallas_kernels, op)(q, k, v, *indices, *rest, segment_ids=segments,
+                                        implementation=name, **options)
       return out if isinstance(out, tuple) else (out, jnp.zeros((0,), jnp.int32))
     out, pullback, aux = jax.vjp(forward, *arrays, has_aux=True)
     return out, aux, pullback(dout.astype(out.dtype))
@@ -118,16 +122,6 @@ def check(op: str, shape: AttentionShape, segmented: bool, implementation: str |
     row["other_picks"], row["wrong_picks"] = wrong_picks(first[1], scores)
     row["ok"] &= row["wrong_picks"] == 0
   return row
-
-
-def _call(op, arrays, options, segments, implementation):
-  run = functools.partial(getattr(pallas_kernels, op), segment_ids=segments,
-                          implementation=implementation)
-  options = dict(options)
-  if op in ("block_sparse_attention", "hybrid_sparse_attention"):
-    q, k, v, *rest = arrays
-    return run(q, k, v, options.pop("block_indices"), *rest, **options)
-  return run(*arrays, **options)
 
 
 def _relative(got, want) -> float:

@@ -30,7 +30,7 @@ from pallas_kernels import named_shapes, tpu
 OPS = ("oracle_attention", "block_sparse_attention", "sliding_window_attention",
        "hybrid_sparse_attention", "index_plan")
 COUNTED = OPS[:4]
-UNSELECTIVE = ("oracle_attention", "sliding_window_attention")   # take no picks
+UNSELECTIVE = ("oracle_attention", "sliding_window_attention")   # take no selection
 PASSES = {"gpu": ("fwd", "fwd_bwd"), "tpu": ("fwd", "fwd_bwd"), "tpu_static": ("fwd", "bwd")}
 KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 PEERS = {"gpu": "cudnn_dense", "tpu": "splash"}
@@ -182,7 +182,7 @@ def bench(platform, shape_name, ops, names, passes, emit):
 
 
 def count(op, shape_name, generation, which, peers):
-  """Rows of `tpu_cost` or `tpu_sparse_cost`, with their ratios to the kernels they stand beside.
+  """Rows of `tpu_cost` or `tpu_sparse_cost`, with their ratios to the kernels compared with.
 
   peer_ms, speedup: dense splash attention's, forward with residuals or its two backward kernels.
   The oracle's forward has too: over_no_maxima and over_splash, its bundles over those of the same

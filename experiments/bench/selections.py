@@ -4,7 +4,7 @@
 tokens of Python source (16 of 512 blocks of 64 keys a token): a trained one (0.97 bits per byte,
 heads of layers 3, 4, 5) and an undertrained one (2.26, nearly random). `hysparse` and `hysparse_m3`
 are what two runs of `experiments.reproduce` picked: layers 0 and 12 of 25, which learned no recall,
-and layers 0, 4 and 8 of 13 at 1:3, which learned it. `walk` keeps the previous token's picks and
+and layers 0, 4 and 8 of 13 at 1:3, which learned it. `walk` keeps the previous token's blocks and
 redraws r of them on average; `random` draws every token's afresh.
 """
 
@@ -41,7 +41,7 @@ def recorded(name, heads):
 
 
 def pads_last(picks):
-  """Sorts each token's picks ascending with the -1 pads at the end."""
+  """Sorts each token's blocks ascending with the -1 pads at the end."""
   high = np.iinfo(np.int32).max
   picks = np.sort(np.where(picks < 0, high, picks), axis=-1)
   return np.where(picks == high, -1, picks).astype(np.int32)

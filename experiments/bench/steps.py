@@ -1,7 +1,7 @@
 """Times whole training steps of a config and of its baselines on one machine.
 
     python -m experiments.bench_step --config=configs/hysparse_7b.py:long --set model.num_layers=8 \
-        --set data.batch_size=1 [--twins=full,swa] [--documents=0] [--profile=20] [--json]
+        --set data.batch_size=1 [--baselines=full,swa] [--documents=0] [--profile=20] [--json]
     python -m experiments.bench_step --config=configs/hysparse_80b_a3b.py --mesh=expert=1 \
         --set model.moe=None --set model.d_ff=4096 --set model.num_layers=13 --set data.batch_size=1
 
@@ -35,7 +35,8 @@ from hysparse_jax.training import step as train_step
 # tokens of 3.5 bytes, and the logarithm's standard deviation 1.6.
 MEDIAN_DOCUMENT, LOG_DEVIATION = 2000, 1.6
 
-_TWINS = flags.DEFINE_list("twins", ["full"], "Which baselines beside it: full, swa.")
+_BASELINES = flags.DEFINE_list("baselines", ["full"], "Which baselines beside it: full, swa.")
+flags.DEFINE_alias("twins", "baselines")      # its former name
 _STEPS = flags.DEFINE_integer("steps", 8, "Timed steps; the median counts.")
 _DOCUMENTS = flags.DEFINE_integer(
   "documents", None, "Equal documents in each row; 0: one, without segment ids. Default: documents "
@@ -142,11 +143,11 @@ def main(argv):
   cfg = cli.load_config()
   if _DOCUMENTS.value is not None and _DOCUMENTS.value > cfg.data.seq_len:
     raise UserError(f"--documents={_DOCUMENTS.value}: want 0 to data.seq_len={cfg.data.seq_len}")
-  known = accounting.twins(cfg.model)
-  unknown = sorted(set(_TWINS.value) - set(known))
+  known = accounting.baselines(cfg.model)
+  unknown = sorted(set(_BASELINES.value) - set(known))
   if unknown:
-    raise UserError(f"--twins: got {','.join(unknown)}, want some of {', '.join(known)}")
-  models = {cfg.model.attention: cfg.model} | {name: known[name] for name in _TWINS.value}
+    raise UserError(f"--baselines: got {','.join(unknown)}, want some of {', '.join(known)}")
+  models = {cfg.model.attention: cfg.model} | {name: known[name] for name in _BASELINES.value}
   first = None
   for attention, model in models.items():
     row = bench(dataclasses.replace(cfg, model=model), _DOCUMENTS.value, _STEPS.value,

@@ -1,7 +1,7 @@
-"""The oracle of one HySparse run, looked at: overlap by layer and step, coverage, gates, pictures.
+"""Measures the oracle of one HySparse run: overlap by layer and step, coverage, gates, pictures.
 
 Writes rows to `overlap.jsonl`, one per checkpoint and layer, and one set of recorded block indices
-for `experiments.selections`.
+for `experiments.bench.selections`.
 """
 
 import pathlib
@@ -24,8 +24,9 @@ def overlap_rows(workdir, steps, *, batches: int = 1) -> tuple[list[dict], objec
 
   Returns:
     One JSON-ready row per step and layer that selects or reads a selection: `step, layer, distance`
-    (layers since the full one), `coverage` (attention mass the picks hold), `chance`, mean gates
-    and, for selecting layers, `new_per_token` and `union` {w: U(w)}; and the last `OracleResult`.
+    (layers since the full one), `coverage` (attention mass of the selected blocks), `chance`,
+    mean gates and, for selecting layers, `new_per_token` and `union` {w: U(w)}; and the last
+    `OracleResult`.
   """
   rows, result = [], None
   for step in steps:

@@ -47,7 +47,7 @@ WATCHED = ("hysparse", "hysparse_m3")    # whose oracle is looked at, in the run
 RATES = (0.5, 1.0, 2.0)      # of the base learning rates: the grid that every family is tuned on
 TUNE_SHARE = 4 / 7           # of the steps that a tuning run takes
 
-# For predictions only: what an H200 is hoped to reach, and what a run takes besides.
+# For predictions only: what an H200 is hoped to reach, and what a run takes in addition.
 PEAK_FLOPS, UTILISATION = 790e12, 0.35
 REFERENCE_FLOPS = 15e12      # of dense float32 attention where no kernel covers the block size
 COMPILE_MINUTES = 1.0        # per training run, evaluation's programs included
@@ -200,8 +200,8 @@ def predicted_minutes(preset_: Preset, piece: Piece) -> float:
 def _reference_flops(preset_, run) -> float:
   """Dense causal attention in every layer and branch: forward, recomputed, and backward twice."""
   cfg = run.cfg
-  per_token = lambda tokens: accounting.train_flops_per_token(accounting.twins(cfg.model)["full"],
-                                                              tokens) / 3
+  per_token = lambda tokens: accounting.train_flops_per_token(
+    accounting.baselines(cfg.model)["full"], tokens) / 3
   forward = lambda tokens: (1 + cfg.model.local_branch) * (per_token(tokens) - per_token(1))
   evaluated = sum(forward(length) * length for length in run.lengths)
   return (4 * forward(cfg.data.seq_len) * tokens_of(cfg)

@@ -19,7 +19,7 @@ def write(preset: Preset, results: list[dict], overlap: list[dict], workdir,
           note: str = "") -> pathlib.Path:
   """Writes report.md and its plots; what was not run yet is named as missing.
 
-  `note` says what the rows cannot, such as runs that shared a GPU; it stands at the head.
+  `note` says what the rows cannot, such as runs that shared a GPU; it comes at the head.
   """
   workdir = pathlib.Path(workdir)
   final = chosen_rows(results)
@@ -29,11 +29,12 @@ def write(preset: Preset, results: list[dict], overlap: list[dict], workdir,
     for model, rows in final.items():
       groups[rows[0]["seq_len"], rows[0]["tokens"]][model] = rows
     for (seq_len, tokens), models in groups.items():
-      parts.append(_models(models, seq_len, tokens))
+      parts += [f"## Models: rows of {seq_len:,}, {tokens:,} tokens each", _models_table(models)]
     main = groups[preset.base.data.seq_len, reproduce_plan.tokens_of(preset.base)]
     if main:
       parts += [_verdicts(preset, main), _identical(results, main, preset.lengths),
-                _plots(preset, main, workdir), _by_task(preset, main)]
+                _plots(preset, main, workdir),
+                f"## Tasks at {max(trained_lengths(preset)):,} tokens", _task_table(preset, main)]
   parts += [_tuning(results), _base_rates(preset, results, workdir)]
   for model in dict.fromkeys(row["model"] for row in overlap):
     parts.append(_mechanism(model, [row for row in overlap if row["model"] == model], workdir))
@@ -111,11 +112,6 @@ def spread(values, spelling) -> str:
   return f"{text} ± {np.std(values, ddof=1):{spelling}}" if len(values) > 1 else text
 
 
-def _models(models, seq_len, tokens):
-  title = f"## Models: rows of {seq_len:,}, {tokens:,} tokens each"
-  return title + "\n\n" + _models_table(models)
-
-
 def _models_table(models):
   lengths = next(iter(models.values()))[0]["lengths"]
   head = ["model", "what", "body params", "KV bytes/token",
@@ -150,7 +146,7 @@ def _verdicts(preset, models):
     "d - e > 0 and not if d + e stays below the margin "
     f"({RECALL.margin:g} points of recall, {BITS.margin:g} bits per byte); \"no worse\" is "
     "reproduced if d + e stays below the margin and d - e is not above 0, and not if it is. "
-    "Anything else is not decidable here (`experiments/verdicts.py`).", "",
+    "Anything else is not decidable here (`experiments/reproduce/verdicts.py`).", "",
     *_verdict_lines(preset, models, [claim for claim in CLAIMS
                                      if {claim.reference, claim.other} <= planned])])
 
@@ -158,13 +154,11 @@ def _verdicts(preset, models):
 def _verdict_lines(preset, models, claims):
   inside = trained_lengths(preset)
   beyond = [length for length in preset.lengths if length not in inside]
-  figures = [(RECALL, f"recall to {max(inside):,}",
-              {m: [mean_recall(row, inside) for row in rows] for m, rows in models.items()})]
-  if beyond:
-    figures.append((RECALL, f"recall beyond {max(inside):,}",
-                    {m: [mean_recall(row, beyond) for row in rows] for m, rows in models.items()}))
-  figures.append((BITS, "bits per byte",
-                  {m: [row["bits_per_byte"] for row in rows] for m, rows in models.items()}))
+  of_rows = lambda value: {model: [value(row) for row in rows] for model, rows in models.items()}
+  figures = [(RECALL, f"recall {where} {max(inside):,}",
+              of_rows(lambda row, lengths=lengths: mean_recall(row, lengths)))
+             for where, lengths in (("to", inside), ("beyond", beyond)) if lengths]
+  figures.append((BITS, "bits per byte", of_rows(lambda row: row["bits_per_byte"])))
   lines = ["| claim | figure | d | e | verdict |", "|---|---|---|---|---|"]
   for claim in claims:
     for figure, name, values in figures:
@@ -218,11 +212,6 @@ def _plots(preset, models, workdir):
                                 y_name="depth of the evidence"))
   return "\n".join(["## Pictures", "", *(
     f"![{path.stem.replace('_', ' ')}](plots/{path.name})" for path in paths)])
-
-
-def _by_task(preset, models):
-  title = f"## Tasks at {max(trained_lengths(preset)):,} tokens"
-  return title + "\n\n" + _task_table(preset, models)
 
 
 def _task_table(preset, models):

@@ -5,12 +5,12 @@
     python -m experiments.reproduce --preset=h200 --workdir=DIR --piece=3,4,5
     python -m experiments.reproduce --preset=h200 --workdir=DIR --report    tables and plots alone
 
-Without --piece everything that is not done yet runs, in order. What is done is what stands in
+Without --piece everything that is not done yet runs, in order. What is done is what has a row in
 <workdir>/results.jsonl, one row per model and seed: a folder that holds nothing else goes on where
 it stopped. Weights are kept in <workdir>/runs/ only until their row is written, so a model must
 train within one piece; within a piece a stopped run goes on from its last checkpoint.
-Beside it: overlap.jsonl (how alike neighbouring tokens select, by layer and step),
-selections_MODEL.npz (recorded block indices for `experiments.selections`), plots/, report.md.
+Beside it: overlap.jsonl (overlap of neighbouring selections, by layer and step),
+selections_MODEL.npz (recorded block indices for `experiments.bench.selections`), plots/, report.md.
 """
 
 import datetime

@@ -90,16 +90,11 @@ def decide(claim: Claim, figure: Figure, values: Mapping[str, Sequence[float]]) 
   if figure.floor is not None and max(a.mean(), b.mean()) <= figure.floor:
     return Verdict(UNDECIDABLE, difference, error, f"both at most {figure.floor:g}")
   low, high = difference - error, difference + error
-  if claim.or_equal:
-    if low > 0:
-      return Verdict(NOT_REPRODUCED, difference, error, "worse by more than the noise")
-    if high < figure.margin:
-      return Verdict(REPRODUCED, difference, error, f"a loss of {figure.margin:g} is excluded")
-  else:
-    if low > 0:
-      return Verdict(REPRODUCED, difference, error, "worse by more than the noise")
-    if high < figure.margin:
-      return Verdict(NOT_REPRODUCED, difference, error, f"a loss of {figure.margin:g} is excluded")
+  worse, no_worse = (NOT_REPRODUCED, REPRODUCED) if claim.or_equal else (REPRODUCED, NOT_REPRODUCED)
+  if low > 0:
+    return Verdict(worse, difference, error, "worse by more than the noise")
+  if high < figure.margin:
+    return Verdict(no_worse, difference, error, f"a loss of {figure.margin:g} is excluded")
   return Verdict(UNDECIDABLE, difference, error, "the noise is as large as the difference")
 
 

@@ -23,25 +23,26 @@ def _qkv(shape, dtype):
           array(shape.num_kv_heads, shape.v_dim))
 
 
+def _sinks(shape):
+  return jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32)
+
+
 def _oracle(shape, dtype, num_blocks=None):
-  def op(q, k, v, segment_ids=None, query_offset=0):
+  def op(q, k, v, **where):
     return oracle_tpu.oracle_attention(
-      q, k, v, block_size=shape.block_size, segment_ids=segment_ids, kv_segment_ids=segment_ids,
-      query_offset=query_offset,
-      num_blocks=shape.num_blocks if num_blocks is None else num_blocks,
-      scale=shape.head_dim ** -0.5)
+      q, k, v, block_size=shape.block_size, scale=shape.head_dim ** -0.5,
+      num_blocks=shape.num_blocks if num_blocks is None else num_blocks, **where)
   return op, _qkv(shape, dtype)
 
 
 def _window(shape, dtype):
-  def op(q, k, v, sinks, segment_ids=None):
+  def op(q, k, v, sinks, **where):
     return window_tpu.sliding_window_attention(
-      q, k, v, window=shape.window, sinks=sinks, segment_ids=segment_ids,
-      kv_segment_ids=segment_ids, scale=shape.head_dim ** -0.5)
-  return op, (*_qkv(shape, dtype), jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32))
+      q, k, v, window=shape.window, sinks=sinks, scale=shape.head_dim ** -0.5, **where)
+  return op, (*_qkv(shape, dtype), _sinks(shape))
 
 
-def picks(shape, num_keys=None, query_offset=0):
+def selected(shape, num_keys=None, query_offset=0):
   """Block indices, and a plan of the right sizes that holds none: building one is XLA's work."""
   indices = jnp.zeros((shape.batch, shape.num_kv_heads, shape.tokens, shape.num_blocks), jnp.int32)
   make = functools.partial(sparse_tpu.make_plan, group=shape.num_heads // shape.num_kv_heads,
@@ -50,29 +51,24 @@ def picks(shape, num_keys=None, query_offset=0):
   return indices, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, indices))
 
 
-def _sinks(shape):
-  return jax.ShapeDtypeStruct((shape.num_heads,), jnp.float32)
-
-
 def _block_sparse(shape, dtype, dense=None):
-  def op(q, k, v, sinks, segment_ids=None):
-    indices, plan = picks(shape)
+  def op(q, k, v, sinks, **where):
+    indices, plan = selected(shape, k.shape[1], where["query_offset"])
     return sparse_tpu.block_sparse_attention(
-      q, k, v, indices, block_size=shape.block_size, sinks=sinks, segment_ids=segment_ids,
-      kv_segment_ids=segment_ids, plan=plan, options=sparse_tpu.Options(dense=dense))
+      q, k, v, indices, block_size=shape.block_size, sinks=sinks, plan=plan,
+      options=sparse_tpu.Options(dense=dense), **where)
   return op, (*_qkv(shape, dtype), _sinks(shape))
 
 
 def _sparse_layer(shape, dtype, dense=None):
   """Elementwise gates, and sinks in both branches."""
-  def op(q, k, v, k_local, v_local, gate_sparse, gate_local, sinks_sparse, sinks_local,
-         segment_ids=None):
-    indices, plan = picks(shape)
+  def op(q, k, v, k_local, v_local, gate_sparse, gate_local, sinks_sparse, sinks_local, **where):
+    indices, plan = selected(shape, k.shape[1], where["query_offset"])
     return layer_tpu.sparse_layer_attention(
       q, k, v, indices, k_local, v_local, gate_sparse, gate_local, sinks_sparse=sinks_sparse,
       sinks_local=sinks_local, block_size=shape.block_size, window=shape.window,
-      segment_ids=segment_ids, kv_segment_ids=segment_ids, local_kv_segment_ids=segment_ids,
-      plan=plan, options=sparse_tpu.Options(dense=dense))
+      local_query_offset=where["query_offset"], local_kv_segment_ids=where["kv_segment_ids"],
+      plan=plan, options=sparse_tpu.Options(dense=dense), **where)
   q, k, v = _qkv(shape, dtype)
   gate = jax.ShapeDtypeStruct((*q.shape[:3], shape.v_dim), dtype)
   return op, (q, k, v, k, v, gate, gate, _sinks(shape), _sinks(shape))
@@ -81,7 +77,8 @@ def _sparse_layer(shape, dtype, dense=None):
 def _block_sparse_plan(shape, dtype):
   """What is built once per hybrid block."""
   del dtype
-  def op(block_indices):
+  def op(block_indices, **where):
+    del where
     return sparse_tpu.make_plan(block_indices, shape.num_heads // shape.num_kv_heads,
                                 block_size=shape.block_size)
   return op, (jax.ShapeDtypeStruct(
@@ -90,7 +87,8 @@ def _block_sparse_plan(shape, dtype):
 
 def _splash(shape, dtype):
   """The public peer, B=1; under a vjp its forward saves the lse."""
-  def op(q, k, v):
+  def op(q, k, v, **where):
+    del where
     return splash.causal_attention(shape)(q, k, v)
   return op, _qkv(shape, dtype)
 
@@ -108,7 +106,7 @@ CASES = {
 }
 
 
-def case(op, shape, which, dtype="bfloat16", segmented=False):
+def case(op, shape, which, dtype="bfloat16", segmented=False, num_keys=None):
   """A picklable function and its abstract arrays.
 
   Args:
@@ -117,21 +115,28 @@ def case(op, shape, which, dtype="bfloat16", segmented=False):
     which: "fwd", or "fwd_bwd" for the outputs and the gradients of every array.
     dtype: of q, k and v.
     segmented: whether the last array is segment_ids i32 [B,T].
+    num_keys: S of a range of the queries, whose offsets i32 [B] are then the last array; None: T.
   """
   arrays = list(CASES[op](shape, jnp.dtype(dtype))[1])
+  if num_keys is not None:
+    for i in range(1, 5 if op.startswith("hybrid") else 3):        # keys and values
+      x = arrays[i]
+      arrays[i] = jax.ShapeDtypeStruct((x.shape[0], num_keys, *x.shape[2:]), x.dtype)
   if which == "fwd_bwd":
     q, _, v = arrays[:3]
     arrays.append(jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype))
   if segmented:
     arrays.append(jax.ShapeDtypeStruct((shape.batch, shape.tokens), jnp.int32))
-  return functools.partial(_run, op, shape, which, dtype, segmented), arrays
+  if num_keys is not None:
+    arrays.append(jax.ShapeDtypeStruct((shape.batch,), jnp.int32))
+  return functools.partial(_run, op, shape, which, dtype, segmented, num_keys is not None), arrays
 
 
-def _run(op, shape, which, dtype, segmented, *arrays):
-  run = CASES[op](shape, jnp.dtype(dtype))[0]
-  if segmented:
-    *arrays, segment_ids = arrays
-    run = functools.partial(run, segment_ids=segment_ids)
+def _run(op, shape, which, dtype, segmented, ranged, *arrays):
+  *arrays, query_offset = arrays if ranged else (*arrays, 0)
+  *arrays, segment_ids = arrays if segmented else (*arrays, None)
+  run = functools.partial(CASES[op](shape, jnp.dtype(dtype))[0], segment_ids=segment_ids,
+                          kv_segment_ids=segment_ids, query_offset=query_offset)
   if which == "fwd":
     return run(*arrays)
   out, pullback = jax.vjp(run, *arrays[:-1])
@@ -139,49 +144,3 @@ def _run(op, shape, which, dtype, segmented, *arrays):
     return out, pullback(arrays[-1])
   nothing = [np.zeros(x.shape, jax.dtypes.float0) for x in out[1:]]      # of indices
   return out, pullback((arrays[-1], *nothing))
-
-
-def range_case(op, shape, num_keys, dtype="bfloat16"):
-  """A range of the queries, at traced offsets, over more keys, with its gradients, as `case`.
-
-  Args:
-    op: "oracle_attention", "sliding_window_attention", "block_sparse_attention" or
-      "hybrid_sparse_attention_lists".
-    shape: `named_shapes.AttentionShape` of the queries: `tokens` of each row.
-    num_keys: S.
-    dtype: of q, k and v.
-  """
-  q, k, v = _qkv(shape, jnp.dtype(dtype))
-  wide = lambda x: jax.ShapeDtypeStruct((x.shape[0], num_keys, *x.shape[2:]), x.dtype)
-  k, v = wide(k), wide(v)
-  offsets = jax.ShapeDtypeStruct((shape.batch,), jnp.int32)
-  dout = jax.ShapeDtypeStruct((*q.shape[:3], shape.v_dim), q.dtype)
-  local = (k, v) if op.startswith("hybrid") else ()
-  return functools.partial(_run_range, op, shape, num_keys), (q, k, v, *local, dout, offsets)
-
-
-def _run_range(op, shape, num_keys, *arrays):
-  *arrays, dout, offsets = arrays
-  indices, plan = picks(shape, num_keys, offsets)
-  options = sparse_tpu.Options(dense=False)
-  scale = shape.head_dim ** -0.5
-
-  def run(q, k, v, *local):
-    if op == "oracle_attention":
-      return oracle_tpu.oracle_attention(
-        q, k, v, block_size=shape.block_size, num_blocks=shape.num_blocks, segment_ids=None,
-        scale=scale, query_offset=offsets)[0]
-    if op == "sliding_window_attention":
-      return window_tpu.sliding_window_attention(
-        q, k, v, window=shape.window, sinks=None, segment_ids=None, scale=scale,
-        query_offset=offsets)
-    if op == "block_sparse_attention":
-      return sparse_tpu.block_sparse_attention(
-        q, k, v, indices, block_size=shape.block_size, query_offset=offsets, scale=scale,
-        plan=plan, options=options)
-    return layer_tpu.sparse_layer_attention(
-      q, k, v, indices, *local, None, None, block_size=shape.block_size, window=shape.window,
-      query_offset=offsets, local_query_offset=offsets, scale=scale, plan=plan, options=options)
-
-  out, pullback = jax.vjp(run, *arrays)
-  return out, pullback(dout)

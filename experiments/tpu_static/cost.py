@@ -8,7 +8,7 @@ the larger.
 """
 
 import dataclasses
-import shutil
+import functools
 
 from experiments.tpu_static import cases as tpu_cases
 from experiments.tpu_static import count as tpu_static
@@ -26,11 +26,11 @@ class Cost:
   Attributes:
     kernel: its name.
     bundles_per_step: of the part that runs most: all heads of a step on one key tile.
-    steps: how often that part runs, its masked twin included.
+    steps: how often that part runs, its masked version included.
     flops_per_step: of its matmuls.
     mxu_busy: share of the matrix units' slots taken in it, by the compiler's own count.
     bundles: of everything.
-    selection_bundles: of these, for picking blocks.
+    selection_bundles: of these, for selecting blocks.
   """
 
   kernel: str
@@ -158,20 +158,6 @@ def _attention(shape, which, spans_of, generation, *, op, window=None, num_block
                       num_blocks=num_blocks)
 
 
-def _oracle(shape, which, spans_of, generation):
-  return _attention(shape, which, spans_of, generation, op="oracle_attention",
-                    num_blocks=shape.num_blocks)
-
-
-def _causal(shape, which, spans_of, generation):
-  return _attention(shape, which, spans_of, generation, op="oracle_attention")
-
-
-def _window(shape, which, spans_of, generation):
-  return _attention(shape, which, spans_of, generation, op="sliding_window_attention",
-                    window=shape.window)
-
-
 def splash_cost(shape, spans, tiles, matmuls, resident_tiles):
   """`Cost` of one of splash attention's kernels over the causal tiles, idle grid steps included.
 
@@ -212,8 +198,14 @@ def _splash(shape, which, spans_of, generation):
               dkv.bundles + dq.bundles)
 
 
-COSTS = {"oracle_attention": _oracle, "causal_attention": _causal,
-         "sliding_window_attention": _window, "splash_attention": _splash}
+COSTS = {
+  "oracle_attention": lambda shape, *how: _attention(
+    shape, *how, op="oracle_attention", num_blocks=shape.num_blocks),
+  "causal_attention": functools.partial(_attention, op="oracle_attention"),
+  "sliding_window_attention": lambda shape, *how: _attention(
+    shape, *how, op="sliding_window_attention", window=shape.window),
+  "splash_attention": _splash,
+}
 
 
 def row(op, shape_name, generation, which):
@@ -237,12 +229,9 @@ def row(op, shape_name, generation, which):
     compiled = dataclasses.replace(shape, tokens=min(shape.tokens, 32_768))
   alone = which == "fwd" and op != "splash_attention"      # whose lse is saved under a vjp only
   fn, arrays = tpu_cases.case(op, compiled, "fwd" if alone else "fwd_bwd")
-  directory, memory = tpu_static.dump(generation, fn, *arrays)
-  try:
+  with tpu_static.dump(generation, fn, *arrays) as (directory, memory):
     cost = COSTS[op](shape, which, lambda kernel: tpu_static.spans(directory, kernel), generation)
     vmem = tpu_static.vmem_bytes(directory, cost.kernel)
-  finally:
-    shutil.rmtree(directory)
   floor = cost.flops_per_step / facts.flops_per_bundle
   bundles = cost.bundles + cost.steps * max(floor - cost.bundles_per_step, 0)
   seconds = bundles / facts.cores / facts.clock_hz

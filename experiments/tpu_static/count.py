@@ -5,6 +5,7 @@ No TPU is needed: libtpu compiles on a CPU machine and dumps, per kernel, the bu
 waits for DMA, for HBM and between grid steps are not in them.
 """
 
+import contextlib
 import dataclasses
 import glob
 import os
@@ -40,13 +41,12 @@ class Span:
   share: dict
 
 
-def spans(directory, kernel, minimum=1):
+def spans(directory, kernel):
   """The spans of a kernel in address order, from the dump in `directory`.
 
   Args:
     directory: what `--xla_jf_dump_to` named.
     kernel: the `name=` of the `pallas_call`.
-    minimum: shorter spans are left out.
 
   Raises:
     RuntimeError: the dump holds no such kernel, or several.
@@ -64,7 +64,7 @@ def spans(directory, kernel, minimum=1):
         continue
       address = int(match.group(1), 16)
       if match.group(2) in ("LB", "PF", "PB", "LE") or "sbr.rel" in line:
-        if address - last >= minimum:
+        if address > last:
           rows = used[last:address]
           total = [sum(row[i] for row in rows) for i in range(len(names))]
           found.append(Span(
@@ -100,30 +100,31 @@ def _dumped(directory, kernel, suffix):
   return found[0]
 
 
-def dump(generation, fn, *abstract_args, directory=None):
-  """Compiles in a process of its own, because libtpu reads its flags once, and keeps the dump.
+@contextlib.contextmanager
+def dump(generation, fn, *abstract_args):
+  """Compiles in a process of its own, because libtpu reads its flags once.
 
   Args:
     generation: a key of `tpu.GENERATIONS`.
     fn: a picklable function (of a module, or `functools.partial` of one).
     abstract_args: pytrees of `jax.ShapeDtypeStruct`.
-    directory: where to dump to; None makes one that the caller has to remove.
 
-  Returns:
-    The directory, and the executable's {argument,output,temp}_bytes.
+  Yields:
+    The directory of the dump, which is removed afterwards, and the executable's
+    {argument,output,temp}_bytes.
 
   Raises:
     RuntimeError: the compiler's own message.
   """
-  directory = directory or tempfile.mkdtemp(prefix="tpu_static_")
-  flags = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
-  child = subprocess.run(
-    [sys.executable, "-c", _CHILD], input=pickle.dumps((generation, fn, abstract_args)),
-    capture_output=True, check=False,
-    env=os.environ | tpu.COMPILER_ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags})
-  if child.returncode:
-    raise RuntimeError(child.stderr.decode().strip().split("\n")[-1])
-  return directory, pickle.loads(child.stdout)
+  with tempfile.TemporaryDirectory(prefix="tpu_static_") as directory:
+    flags = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
+    child = subprocess.run(
+      [sys.executable, "-c", _CHILD], input=pickle.dumps((generation, fn, abstract_args)),
+      capture_output=True, check=False, env=os.environ | tpu.COMPILER_ENVIRONMENT | {
+        "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags})
+    if child.returncode:
+      raise RuntimeError(child.stderr.decode().strip().split("\n")[-1])
+    yield directory, pickle.loads(child.stdout)
 
 
 _CHILD = """

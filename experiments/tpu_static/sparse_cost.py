@@ -3,13 +3,12 @@
     rows = tpu_sparse_cost.rows("block_sparse_attention", "7b_32k", "v5e", "fwd")
 
 Counts, not timings: no wait for HBM, for DMA or between grid steps is in them. How often the loop
-runs depends on the picks, here on the mean union of a tile's tokens. A list is padded to whole
+runs depends on the selection, here on the mean union of a tile's tokens. A list is padded to whole
 steps, so a tile of mean union U takes (U + (n - 1) / 2) / n of them.
 """
 
 import functools
 import math
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +23,13 @@ from pallas_kernels.block_sparse_attention.tpu import plan as tpu_plan
 from pallas_kernels.named_shapes import PAPER
 from pallas_kernels.sparse_layer_attention.tpu import op as layer_tpu
 
-ROWS = 128                                       # of a tile: tokens x heads of a group
 _KERNELS = {"fwd": ("block_sparse_forward", 2), "bwd": ("block_sparse_backward", 5)}
 
 
 @functools.cache
 def mean_union(selection, shape):
-  """Mean number of blocks that the tokens of a tile picked together."""
-  tile = ROWS // tpu_plan.padded_group(shape.num_heads // shape.num_kv_heads)
+  """Mean number of blocks that the tokens of a tile selected together."""
+  tile = tpu_plan.ROWS // tpu_plan.padded_group(shape.num_heads // shape.num_kv_heads)
   picks = selections.selection(selection, shape.num_kv_heads, shape.tokens)
   picks = np.sort(picks.reshape(shape.num_kv_heads, -1, tile * picks.shape[-1]), axis=-1)
   new = np.diff(picks, axis=-1, prepend=-1) > 0          # pads are -1
@@ -51,7 +49,7 @@ def count(spans, shape, union, config, matmuls, together=1):
   """
   group = tpu_plan.padded_group(shape.num_heads // shape.num_kv_heads)
   heads = shape.batch * shape.num_kv_heads
-  tiles = heads * -(-shape.tokens * group // ROWS)
+  tiles = heads * -(-shape.tokens * group // tpu_plan.ROWS)
   programs = tiles / config.tiles_per_program
   inner = [s for s in spans if s.depth > 1]
   body = max(inner, key=lambda s: s.units["MXU"])
@@ -66,7 +64,7 @@ def count(spans, shape, union, config, matmuls, together=1):
   steps = tiles * (union + (config.blocks_per_step - 1) / 2) / config.blocks_per_step
   ragged = programs * (config.steps_per_body - 1) / 2          # steps past the last list's end
   bundles = (steps + ragged) * per_step + tiles * finished + programs * around + heads * clear
-  flops = 2 * matmuls * config.blocks_per_step * shape.block_size * ROWS * shape.head_dim
+  flops = 2 * matmuls * config.blocks_per_step * shape.block_size * tpu_plan.ROWS * shape.head_dim
   return {"bundles_per_step": per_step, "steps": steps, "flops_per_step": flops,
           "mxu_busy": body.share["MXU"], "bundles": bundles,
           "useful_flops": tiles * union / config.blocks_per_step * flops}
@@ -82,17 +80,17 @@ def _arrays(shape):
 
 def _run(shape, which, q, k, v, out, lse, dout):
   """One pass by itself: under `jax.vjp` the compiler gives kernels other names."""
-  _, plan = tpu_cases.picks(shape)
+  _, plan = tpu_cases.selected(shape)
   scale = shape.head_dim ** -0.5
   options = mosaic_tpu.Options(dense=False).loops_of(mosaic_tpu.tpu_generation())
   if which == "fwd":
     return mosaic_tpu.run_forward(q, k, v, None, None, None, scale, plan, options)
   arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
-  inputs = arrays | dict.fromkeys(("sinks", "segment_ids", "kv_segment_ids"))
-  inputs |= mosaic_tpu.plan_arrays(plan)
-  found = mosaic_tpu.by_heads(lambda some: mosaic_tpu.run_backward(
-    "block_sparse_attention", some, scale, mosaic_tpu.plan_of(plan, some), options),
-    inputs, dict.fromkeys(arrays, 2) | mosaic_tpu.PLAN_AXES)
+  inputs = arrays | dict.fromkeys(("sinks", "segment_ids", "kv_segment_ids")) | {"plan": plan}
+  found = mosaic_tpu.by_heads(
+    lambda some: mosaic_tpu.run_backward(
+      "block_sparse_attention", some, scale, some["plan"], options),
+    inputs, dict.fromkeys(arrays, 2) | {"plan": 1})
   return found["q"], found["k"], found["v"]
 
 
@@ -133,13 +131,10 @@ def rows(op, shape_name, generation, which, names=None):
     case = tpu_cases.case("hybrid_sparse_attention_lists", shape, "fwd")
   else:
     case = functools.partial(_run, shape, which), _arrays(shape)
-  directory, memory = tpu_static.dump(generation, case[0], *case[1])
-  try:
+  with tpu_static.dump(generation, case[0], *case[1]) as (directory, memory):
     launches = tpu_static.launches(directory, kernel)
     spans = [tpu_static.spans(directory, name) for name in launches]
     vmem = max(tpu_static.vmem_bytes(directory, name) for name in launches)
-  finally:
-    shutil.rmtree(directory)
   out = []
   for selection in names:
     union = mean_union(selection, shape)

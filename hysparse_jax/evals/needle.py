@@ -2,10 +2,10 @@
 
 A line such as `qkzv = '7h2m9'` is hidden in held-out text of the run's own corpus, at a depth
 between 0 (the start) and 1 (right before the question); the text ends with `qkzv = '` and the model
-has to go on with the value. Keys and values are random, so nothing but the context tells them.
+has to go on with the value. Keys and values are random, so only the context determines them.
 Distractors are further such lines with other keys and values, at random depths.
 
-Everything is built from tokens, not from text: needle, question and value are encoded apart, so the
+Built from tokens, not from text: needle, question and value are encoded apart, so the
 value's tokens are the same in the needle and in the answer whatever the tokenizer merges.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference.sampling import generate
 from hysparse_jax.model.transformer import Transformer
+from hysparse_jax.tasks.token_tasks import different_words, inserted
 from hysparse_jax.training.losses import token_losses
 
 KEY_LETTERS = 4
@@ -107,19 +108,12 @@ def _puzzle(tokenizer, rng, distractors) -> _Puzzle:
 
 
 def _distinct_words(rng, alphabet, letters, count):
-  """`count` different random words: numbers drawn without repetition, written in the alphabet."""
+  """`count` different random words of the alphabet."""
   if count > len(alphabet) ** letters:
     raise UserError(f"needle distractors is {count - 1}; there are only "
                     f"{len(alphabet) ** letters} keys")
-  numbers = rng.choice(len(alphabet) ** letters, size=count, replace=False, shuffle=True)
-  words = []
-  for number in numbers.tolist():
-    word = ""
-    for _ in range(letters):
-      number, letter = divmod(number, len(alphabet))
-      word += alphabet[letter]
-    words.append(word)
-  return words
+  return ["".join(alphabet[letter] for letter in word[::-1])
+          for word in different_words(rng, len(alphabet), count, letters)]
 
 
 def _size(puzzle) -> int:
@@ -138,26 +132,16 @@ def _cell(puzzles, haystack, length, depth, seed):
     rng = np.random.default_rng((seed, sample, 1))
     fill = length - longest - (_size(puzzle) - len(puzzle.answer))
     text = haystack[(rng.integers(haystack.size) + np.arange(fill)) % haystack.size]
-    places = [depth, *rng.random(len(puzzle.distractors))]
-    prompts.append(np.concatenate(
-      [_hidden(text, [puzzle.needle, *puzzle.distractors], places), puzzle.question]))
+    places = np.asarray([depth, *rng.random(len(puzzle.distractors))])
+    context, _ = inserted(text, [puzzle.needle, *puzzle.distractors],
+                          np.rint(places * len(text)).astype(int))
+    prompts.append(np.concatenate([context, puzzle.question]))
   answers = np.zeros((len(puzzles), longest), np.int32)
   mask = np.zeros(answers.shape, bool)
   for row, puzzle in enumerate(puzzles):
     answers[row, :len(puzzle.answer)] = puzzle.answer
     mask[row, :len(puzzle.answer)] = True
   return np.stack(prompts).astype(np.int32), answers, mask
-
-
-def _hidden(text, lines, places):
-  """`text` with every line inserted at its place in [0, 1] of it."""
-  cuts = np.rint(np.asarray(places) * len(text)).astype(int)
-  order = np.argsort(cuts, kind="stable")
-  pieces, start = [], 0
-  for index in order:
-    pieces += [text[start:cuts[index]], lines[index]]
-    start = cuts[index]
-  return np.concatenate([*pieces, text[start:]])
 
 
 def _score(model, prompts, answers, mask):

@@ -1,20 +1,20 @@
-"""What the oracle does: how alike neighbouring tokens choose, and how much their choice covers.
+"""Measures the oracle: overlap of neighbouring selections, and the attention mass they cover.
 
-HySparse rests on two claims that a trained model can be asked about. Selections are *stable*: the
-blocks that consecutive tokens pick overlap, so that a kernel can load them once for many tokens.
+HySparse rests on two claims that a trained model can test. Selections are *stable*: the
+blocks that consecutive tokens select overlap, so that a kernel can load them once for many tokens.
 And they *transfer*: the blocks that matter to a full layer hold most of the attention mass of the
 sparse layers behind it. Both are measured here, layer by layer, on the model as it runs.
 
 The model's own layers are called one at a time; beside each, the attention weights over the shared
 keys are recomputed densely in float32, in query chunks, without sinks:
 
-    coverage[t, n] = sum of softmax(q_t k_j / sqrt(H)) over the keys j <= t of t's picked blocks
+    coverage[t, n] = sum of softmax(q_t k_j / sqrt(H)) over the keys j <= t of t's selected blocks
 
 with q the layer's own and k the full layer's, so that 1 means that the selection misses nothing.
-Of a sparse layer this is hypothetical: it attends to picked keys alone, so nothing in training
+Of a sparse layer this is hypothetical: it attends to selected keys alone, so nothing in training
 keeps its queries away from the others, and a low share does not say that it misses something.
 
-Axis letters: B batch, T query, S key, N query heads, K KV heads, H head dim, P picked blocks.
+Axis letters: B batch, T query, S key, N query heads, K KV heads, H head dim, P selected blocks.
 """
 
 from collections.abc import Sequence
@@ -114,7 +114,7 @@ def _covered(layer, q, shared, context):
 
 
 def coverage(q, k, block_indices, block_size: int, segment_ids=None):
-  """The share of each query's dense causal attention mass that its picked blocks hold.
+  """The share of each query's dense causal attention mass that its selected blocks hold.
 
   Args:
     q: [B, T, N, H].
@@ -123,7 +123,7 @@ def coverage(q, k, block_indices, block_size: int, segment_ids=None):
     segment_ids: i32 [B, T] or None.
 
   Returns:
-    f32 [B, T, N] in [0, 1], exactly 1 where every visible block is picked; NaN for padding.
+    f32 [B, T, N] in [0, 1], exactly 1 where every visible block is selected; NaN for padding.
   """
   batch, num_tokens, num_heads, head_dim = q.shape
   kv_heads = k.shape[2]
@@ -151,9 +151,9 @@ def coverage(q, k, block_indices, block_size: int, segment_ids=None):
 class SelectionOverlap(NamedTuple):
   """How alike consecutive tokens choose: means over measured tokens, KV heads and rows."""
 
-  picked: float                    # U(1), blocks a token picks: perfect agreement stays there
-  new_per_token: float             # U(2) - U(1), blocks a token picks and its predecessor did not
-  union: dict[int, float]          # w -> U(w), distinct blocks among w consecutive tokens' picks
+  picked: float                    # U(1), blocks a token selects; the union if all agree
+  new_per_token: float             # U(2) - U(1), blocks that the previous token did not select
+  union: dict[int, float]          # w -> U(w), distinct blocks that w consecutive tokens select
 
 
 class OracleLayer(NamedTuple):
@@ -236,7 +236,7 @@ def union_sums(picked, measured, segment_ids) -> dict[int, tuple[int, int]]:
     segment_ids: i32 [B, T].
 
   Returns:
-    For w = 1, 2 and `UNION_TOKENS`: the number of distinct blocks among the picks of w tokens,
+    For w = 1, 2 and `UNION_TOKENS`: the number of distinct blocks that w tokens select,
     summed over all such runs (they overlap), KV heads and rows, and the number of summands.
   """
   measured, segment_ids = np.asarray(measured), np.asarray(segment_ids)

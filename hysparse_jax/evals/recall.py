@@ -37,7 +37,7 @@ class RecallResult(NamedTuple):
   f1: np.ndarray                # between the set of answers given and the references
   exact: np.ndarray             # every answer right
   by_depth: np.ndarray | None   # f64 [tasks, DEPTH_BINS, lengths], token form: answers right, by
-                                # where their evidence stands; NaN where there is none
+                                # the position of their evidence; NaN where there is none
   samples: int
 
 
@@ -149,7 +149,7 @@ def _place(ids, tasks, lengths, samples, seed, text, skip_unfit):
 
 
 def _predict(model, placed, num_rows, row_tokens) -> list[list[tuple]]:
-  """The most likely tokens where answers stand: per sample, a tuple of ids per item."""
+  """The most likely tokens at the answers: per sample, a tuple of ids per item."""
   batch = max(1, min(num_rows, ROW_BATCH_TOKENS // row_tokens))
   num_rows = -(-num_rows // batch) * batch
   tokens = np.zeros((num_rows, row_tokens), np.int32)

@@ -47,7 +47,7 @@ def random_blocks(index, first, kv_heads: int, num_blocks: int, block_size: int,
   """P distinct blocks of those between a token's first key and itself.
 
   Args:
-    index: i32 [B, T], where the token stands in its row.
+    index: i32 [B, T], its position in the row.
     first: i32 [B, T], where its document starts; above `index` for padding, which gets none.
     kv_heads: K.
     num_blocks: P.

@@ -63,7 +63,7 @@ class FullLayer(DecoderLayer):
   @jax.named_scope("full_layer")
   def __call__(self, x, context: TokenContext, num_blocks: int, cache: GroupCache | None = None,
                hybrid_block=None):
-    """x [B, T, D] -> x, SharedKV, cache, LayerStats; `num_blocks` is P, 0 if nobody reads them."""
+    """x [B, T, D] -> x, SharedKV, cache, LayerStats; `num_blocks` is P, 0 if none are read."""
     cfg = self.cfg
     options = dict(block_size=cfg.block_size, implementation=cfg.implementation,
                    num_blocks=0 if cfg.block_choice == "random" else num_blocks)

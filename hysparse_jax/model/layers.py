@@ -13,12 +13,12 @@ from hysparse_jax.config import ModelConfig, RopeConfig
 
 
 def weight(rngs: nnx.Rngs, shape, names, *, in_axes=(), out_axes=(), init=None) -> nnx.Param:
-  """A float32 parameter that knows its logical axes and which of them a matmul contracts.
+  """A float32 parameter with the names of its logical axes and those that a matmul contracts.
 
   Args:
     shape: ints.
     names: a logical axis name or None per dim (`hysparse_jax.sharding.RULES`). Dims that stacking
-      adds later stand in front and are not named.
+      adds later come first and are not named.
     in_axes: the dims a matmul contracts; the default init is normal with variance 1 / their size.
     out_axes: the dims it produces. Together they say what a matrix is, to the initialiser and to
       Muon; both empty for vectors and tables.

@@ -1,6 +1,6 @@
 """Mixture of experts: a softmax router, the k best experts of every token, none dropped.
 
-`Experts` stands where `layers.Mlp` does and has its call signature. Rows (one per token and chosen
+`Experts` replaces `layers.Mlp` and has its call signature. Rows (one per token and chosen
 expert) are sorted by expert and multiplied group by group, so the work is k / E of a dense layer
 with all experts. Padding is in no group and in no statistic. Under a mesh the experts are split
 over its `expert` axis and their F over `tensor`; the result and every gradient are those of one

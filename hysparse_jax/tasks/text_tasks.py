@@ -6,8 +6,8 @@ and have its name; their keys and words are made of syllables here, where RULER 
 word list. The others stand in for corpora that are not shipped and say so in their names,
 `..._syn`: essays are sentences of a small grammar, questions and answers are made-up facts.
 
-A prompt fits the length together with the tokens to generate: the amount of
-filler is found bit by bit, never by trying for ever. Like `token_tasks`, a sample is a function of
+A prompt fits the length together with the tokens to generate: the amount of filler is found by
+bisection. Like `token_tasks`, a sample is a function of
 (task, length, seed, number).
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from hysparse_jax.errors import UserError
 from hysparse_jax.tasks.scores import match_all, match_part
+from hysparse_jax.tasks.token_tasks import different_words
 
 SENTENCES = ("The grass is green. The sky is blue. The sun is yellow. Here we go. "
              "There and back again.")
@@ -93,9 +94,8 @@ class _Maker:
   def words(self, rng, count: int, syllables: int) -> list[str]:
     """Different pronounceable words."""
     letters = [c + v for c in "bdfghjklmnprstvwz" for v in "aeiou"]
-    numbers = rng.choice(len(letters)**syllables, size=count, replace=False)
-    parts = np.stack(np.unravel_index(numbers, (len(letters),) * syllables), -1)
-    return ["".join(letters[part] for part in word) for word in parts]
+    return ["".join(letters[part] for part in word)
+            for word in different_words(rng, len(letters), count, syllables)]
 
   def keys(self, rng, count: int, kind: str) -> list[str]:
     if kind == "uuids":
@@ -158,9 +158,8 @@ def _niah(make: _Maker, units: int, *, haystack="essay", keys=1, values=1, asked
 
 def _variable_tracking(make: _Maker, units: int):
   rng, places = make.spawn(), make.spawn()
-  letters = np.array(list(string.ascii_uppercase))
-  names = rng.choice(26**5, size=5, replace=False)
-  names = ["".join(letters[np.array(np.unravel_index(name, (26,) * 5))]) for name in names]
+  names = ["".join(string.ascii_uppercase[letter] for letter in name)
+           for name in different_words(rng, 26, 5, 5)]
   value = int(rng.integers(10_000, 100_000))
   lines = [f"VAR {names[0]} = {value}"]
   lines += [f"VAR {new} = VAR {old}" for old, new in zip(names, names[1:])]

@@ -24,7 +24,7 @@ MARKERS = ("needle", "is", "query", "answer", "assign", "chain", "word", "common
            "document", "one_hop", "two_hop", "passage", "copy", "pair", "recall")
 MIN_IDS = 64             # the smallest vocabulary: 16 markers, 12 noise ids, 18 keys, 18 values
 MIN_HAYSTACK = 16        # noise tokens that a needle is hidden in at least
-NOISE_SENTENCES = 5      # repeated for ever by the plainest haystack
+NOISE_SENTENCES = 5      # that the plainest haystack repeats
 NOISE_SENTENCE = 8       # tokens of each
 
 NUMBER, UUID = 2, 4      # tokens of a value
@@ -84,7 +84,7 @@ class Sample(NamedTuple):
 
   tokens: np.ndarray              # i32 [length]
   items: list[tuple[int, int]]    # [start, stop) of each reference answer in tokens, ascending
-  depths: np.ndarray              # f64 [items], where its evidence stands in [0, 1]; NaN: all over
+  depths: np.ndarray              # f64 [items], position of its evidence in [0, 1]; NaN: everywhere
 
 
 def sample(task: str, ids: Ids, length: int, number: int, *, seed: int = 0, split: str = "eval",
@@ -137,6 +137,23 @@ def _least(task, ids) -> int:
   return TASKS[task](_Maker(ids), None)
 
 
+def different_words(rng, letters: int, count: int, length: int) -> np.ndarray:
+  """`count` different words of `length` letters each, numbered from 0: i64 [count, length]."""
+  numbers = rng.choice(letters ** length, size=count, replace=False)
+  return np.stack(np.unravel_index(numbers, (letters,) * length), -1)
+
+
+def inserted(haystack: np.ndarray, lines, cuts):
+  """The haystack with line n before its token cuts[n] -> tokens i64 [.], start of each line."""
+  pieces, starts, at, written = [], [0] * len(lines), 0, 0
+  for index in np.argsort(cuts, kind="stable").tolist():
+    pieces += [haystack[at:cuts[index]], np.asarray(lines[index])]
+    starts[index] = written + cuts[index] - at
+    written = starts[index] + len(lines[index])
+    at = cuts[index]
+  return np.concatenate([*pieces, haystack[at:]]).astype(np.int64), starts
+
+
 class _Maker:
   """What the tasks draw with. Without a generator they return their smallest length instead."""
 
@@ -152,8 +169,7 @@ class _Maker:
     if count > space:
       raise UserError(f"{self.name} needs {count} different words, {len(alphabet)} ids spell only "
                       f"{space}; use a shorter length or a larger model.vocab_size")
-    numbers = self.rng.choice(space, size=count, replace=False)
-    return np.stack(np.unravel_index(numbers, (len(alphabet),) * tokens), -1) + alphabet.start
+    return different_words(self.rng, len(alphabet), count, tokens) + alphabet.start
 
   def values(self, count: int, tokens: int) -> np.ndarray:
     return self.words(self.ids.values, count, tokens)
@@ -176,14 +192,7 @@ class _Maker:
   def hide(self, lines: list, haystack: np.ndarray, in_order: bool = False):
     """The haystack with the lines at random places -> tokens i64 [.], start of each line."""
     cuts = self.rng.integers(0, len(haystack) + 1, len(lines))
-    cuts = np.sort(cuts) if in_order else cuts
-    pieces, starts, at, written = [], [0] * len(lines), 0, 0
-    for index in np.argsort(cuts, kind="stable").tolist():
-      pieces += [haystack[at:cuts[index]], np.asarray(lines[index])]
-      starts[index] = written + cuts[index] - at
-      written = starts[index] + len(lines[index])
-      at = cuts[index]
-    return np.concatenate([*pieces, haystack[at:]]).astype(np.int64), starts
+    return inserted(haystack, lines, np.sort(cuts) if in_order else cuts)
 
   def finish(self, context, question, answers, starts) -> Sample:
     """context + question + answers; `starts` are the places of the answers' evidence, or None."""
@@ -226,7 +235,7 @@ def _niah(make: _Maker, length, *, haystack="essay", keys=1, key_tokens=1, value
     context, starts = make.hide(lines, hay)
   chosen = make.rng.permutation(keys)[:asked]
   question = [*make.mark("query"), *every[chosen].ravel(), *make.mark("answer")]
-  # A key's values are named in the order in which the context tells them.
+  # A key's values are named in the order in which the context gives them.
   wanted = [n for key in chosen
             for n in sorted(range(key * values, (key + 1) * values), key=lambda n: starts[n])]
   return make.finish(context, question, [said[n] for n in wanted], [starts[n] for n in wanted])
@@ -249,7 +258,7 @@ def _variable_tracking(make: _Maker, length):
 
 
 def _common_words(make: _Maker, length):
-  """Ten words stand in the list more often than the others: name them, in order of appearance."""
+  """Ten words are in the list more often than the others: name them, in order of appearance."""
   often, seldom = (30, 3) if length is not None and length >= RARE_LENGTH else (6, 1)
   word = 2
   tail = 2 + COMMON_WORDS * word
@@ -285,7 +294,7 @@ def _frequent_words(make: _Maker, length):
 
 
 def _documents(make: _Maker, length, *, hops):
-  """Documents of three facts each, most of them beside the point: `subject attribute object`."""
+  """Documents of three facts each, most of them irrelevant: `subject attribute object`."""
   fact = 4                                     # subject (2), attribute, object or 2 of a bridge
   document = 1 + ATTRIBUTES * fact
   tail = 2 + 2 + hops + 1

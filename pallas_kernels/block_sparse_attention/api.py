@@ -65,7 +65,7 @@ def plan_blocks(block_indices, *, num_heads, num_keys=None, block_size=64, query
 def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None, query_offset=0,
                            segment_ids=None, kv_segment_ids=None, scale=None, plan=None,
                            implementation=None):
-  """Causal GQA softmax attention of each query over its picked key blocks only.
+  """Causal GQA softmax attention of each query over its selected key blocks only.
 
   All G heads of a group use the same blocks; inside the query's own block the mask is causal
   (HySparse, sparse branch).
@@ -96,19 +96,10 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size=64, sinks=None,
     NotImplementedError: an implementation that does not exist.
   """
   op = "block_sparse_attention"
-  sizes = {}
-  checks.check_shape(op, "q", q, "BTNH", sizes)
-  checks.check_shape(op, "k", k, "BSKH", sizes)
-  checks.check_shape(op, "v", v, "BSKE", sizes)
+  sizes, shared = checks.check_attention(op, q, k, v, query_offset, segment_ids, kv_segment_ids,
+                                         scale)
   checks.check_shape(op, "block_indices", block_indices, "BKTP", sizes, ("int32",))
-  checks.check_heads(op, sizes)
   checks.check_sinks(op, "sinks", sinks, sizes)
-  query_offset = checks.check_offset(op, "query_offset", query_offset, sizes)
-  segment_ids, kv_segment_ids = checks.check_segments(op, segment_ids, kv_segment_ids, query_offset,
-                                                      sizes)
   checks.check_at_least(op, 1, block_size=block_size)
-  checks.check_scale(op, scale)
   run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM, tokens=sizes["T"])
-  return run(q, k, v, block_indices, block_size=block_size, sinks=sinks,
-             query_offset=query_offset, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
-             scale=sizes["H"] ** -0.5 if scale is None else scale, plan=plan)
+  return run(q, k, v, block_indices, block_size=block_size, sinks=sinks, plan=plan, **shared)

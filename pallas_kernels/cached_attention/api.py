@@ -51,11 +51,10 @@ def cached_oracle_attention(q, k, v, query_positions, *, block_size=64, num_bloc
   sizes = _check_cache(op, q, k, v, query_positions, layer)
   checks.check_at_least(op, 1, block_size=block_size)
   checks.check_at_least(op, 0, num_blocks=num_blocks)
-  checks.check_scale(op, scale)
   run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op],
                              tokens=sizes["T"])
   return run(q, k, v, query_positions, block_size=block_size, num_blocks=num_blocks,
-             scale=sizes["H"] ** -0.5 if scale is None else scale, layer=layer)
+             scale=checks.check_scale(op, scale, sizes), layer=layer)
 
 
 def cached_block_sparse_attention(q, k, v, block_indices, query_positions, *, block_size=64,
@@ -89,11 +88,10 @@ def cached_block_sparse_attention(q, k, v, block_indices, query_positions, *, bl
   checks.check_shape(op, "block_indices", block_indices, "BKTP", sizes, ("int32",))
   checks.check_sinks(op, "sinks", sinks, sizes)
   checks.check_at_least(op, 1, block_size=block_size)
-  checks.check_scale(op, scale)
   run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op],
                              tokens=sizes["T"])
   return run(q, k, v, block_indices, query_positions, block_size=block_size, sinks=sinks,
-             scale=sizes["H"] ** -0.5 if scale is None else scale, layer=layer)
+             scale=checks.check_scale(op, scale, sizes), layer=layer)
 
 
 def cached_sliding_window_attention(q, k_ring, v_ring, k_new, v_new, query_positions, *, window,
@@ -134,11 +132,10 @@ def cached_sliding_window_attention(q, k_ring, v_ring, k_new, v_new, query_posit
   checks.check_shape(op, "query_positions", query_positions, "BT", sizes, ("int32",))
   checks.check_heads(op, sizes)
   checks.check_sinks(op, "sinks", sinks, sizes)
-  checks.check_scale(op, scale)
   run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op],
                              tokens=sizes["T"])
   return run(q, k_ring, v_ring, k_new, v_new, query_positions, window=window, sinks=sinks,
-             scale=sizes["H"] ** -0.5 if scale is None else scale)
+             scale=checks.check_scale(op, scale, sizes))
 
 
 def _check_cache(op, q, k, v, query_positions, layer):

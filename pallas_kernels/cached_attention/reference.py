@@ -85,7 +85,7 @@ def _written(k, v, query_positions, layer):
 
 
 def _gathered_attention(queries, k, v, block_size, sinks, layer):
-  """The T=1 path: k, v [B,S,K,H] are read at the picked blocks' slots only."""
+  """The T=1 path: k, v [B,S,K,H] are read at the selected blocks' slots only."""
   batch, num_keys, kv_heads, _ = k.shape[-4:]
   blocks = queries["blocks"][:, 0]                                     # [B,K,P]
   slots = blocks[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)

@@ -72,7 +72,7 @@ def backward(q, k, v, out, lse, grad_out, *, num_keys, query_offset, offsets, ma
     num_keys: keys without the padding of the last chunk.
     query_offset: key index of query 0, or None: `offsets` is traced.
     offsets: i32 [B], the same of each row.
-    may_pass_end: whether a query (padding apart) may stand behind the last key.
+    may_pass_end: whether a query (padding apart) may come after the last key.
     scale: of the logits.
     tiles: `BackwardTiles`.
     segment_ids: i32 [B,T] or None.

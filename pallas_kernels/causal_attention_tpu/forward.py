@@ -2,13 +2,13 @@
 
 Scores are computed transposed: keys down the sublanes, queries along the lanes. Row maxima, row
 sums and block maxima are then elementwise operations on vector registers, the logarithm of the
-sum is a plain row, and blocks are picked for 128 queries at once. The block maxima of a query tile
-stay in VMEM until the last key; no score ever reaches HBM.
+sum is a plain row, and blocks are selected for 128 queries at once. The block maxima of a query
+tile stay in VMEM until the last key; no score ever reaches HBM.
 
 q, k, v and out keep their [B,T,heads,H] order: a tile of a head is a slice of lanes. Logits are in
 units of log 2. Grid: (B, K, rows of equal length, steps): see `GridWalk`.
 
-The queries may be any range of the sequence: query t of row b stands at key index offset[b] + t.
+The queries may be any range of the sequence: query t of row b has key index offset[b] + t.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class ForwardTiles:
     block_kv: keys per tile, a multiple of 128.
     heads: query heads of the group per step.
     block_kv_compute: keys per matmul, a multiple of 128 that divides `block_kv`.
-    unroll: whether heads stand side by side in one schedule instead of a loop over them.
+    unroll: whether heads share one schedule instead of a loop over them.
 
   Counted, not timed, for v5e and v6e at the defaults (experiments/LOG.md).
   """
@@ -71,7 +71,7 @@ def visible(first_query, first_key, shape, window, num_keys, query_segments, key
     first_key: index of the tile's first key.
     shape: (keys, queries).
     window: tokens, or None.
-    num_keys: S, where queries may stand behind the last key and the tile may be padded; or None.
+    num_keys: S, where queries may come after the last key and the tile may be padded; or None.
     query_segments: i32 [1, queries] or None.
     key_segments: i32 [1, keys] or None.
   """
@@ -243,7 +243,7 @@ def forward(q, k, v, *, num_keys, query_offset, offsets, may_pass_end, scale, ti
     num_keys: keys without the padding of the last tile.
     query_offset: key index of query 0, or None: `offsets` is traced.
     offsets: i32 [B], the same of each row.
-    may_pass_end: whether a query (padding apart) may stand behind the last key.
+    may_pass_end: whether a query (padding apart) may come after the last key.
     scale: of the logits.
     tiles: `ForwardTiles`; `heads` divides G.
     segment_ids: i32 [B,T] or None.
@@ -292,8 +292,8 @@ def forward(q, k, v, *, num_keys, query_offset, offsets, may_pass_end, scale, ti
     operands.append(sinks)
     in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
 
-  # One array for the picked blocks and the bits of lse: every output of a kernel costs scalar work
-  # in every grid step.
+  # One array for the selected blocks and the bits of lse: every output of a kernel costs scalar
+  # work in every grid step.
   notes = num_blocks + G
   out_shape = [jax.ShapeDtypeStruct((B, T, N * H), q.dtype),
                jax.ShapeDtypeStruct((B, K, notes, T), jnp.int32)]

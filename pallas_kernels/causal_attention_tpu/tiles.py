@@ -1,15 +1,17 @@
-"""Attention of any length, head dim and group size on TPU: tile sizes, padding, gradients of sinks.
+"""Attention of any length, head dim and group size on TPU: tile sizes, padding, gradients.
 
-What `oracle_attention` and `sliding_window_attention` share. Sizes are chosen from the VMEM of the
-core that is compiled for; queries and keys are padded to whole tiles, whose padding is masked, head
-dims to multiples of 128 with zeros.
+`oracle_attention` and `sliding_window_attention` are both `attend`. Sizes are chosen from the VMEM
+of the core that is compiled for; queries and keys are padded to whole tiles, whose padding is
+masked, head dims to multiples of 128 with zeros.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import tpu
 from pallas_kernels.causal_attention_tpu import backward as backward_kernel
@@ -27,7 +29,7 @@ MAX_KEYS = 2048               # per key tile
 
 
 class Placement(NamedTuple):
-  """Where queries and keys stand: the arrays of it; None where there is none.
+  """Documents and positions of queries and keys; None where there are none.
 
   Attributes:
     segment_ids: i32 [B,T], the queries' documents.
@@ -155,7 +157,7 @@ def pad(x, tokens, width=None):
 
 
 def _padded(q, k, v, placement, query_offset, block_q, block_kv):
-  """q, k and v of whole tiles and whole lanes, and what the kernels need to know of them."""
+  """q, k and v of whole tiles and whole lanes, and the other arguments of the kernels."""
   num_queries, num_keys = q.shape[1], k.shape[1]
   padded_queries, padded_keys = round_up(num_queries, block_q), round_up(num_keys, block_kv)
   width = round_up(max(q.shape[-1], v.shape[-1]), tpu.LANES)
@@ -171,8 +173,31 @@ def _padded(q, k, v, placement, query_offset, block_q, block_kv):
                       "may_pass_end": may_pass_end})
 
 
-def forward(q, k, v, placement, sinks, *, query_offset, tiles, **options):
-  """`forward.forward` at any T, S, H and E.
+class Options(NamedTuple):
+  """Static options of one call.
+
+  Attributes:
+    op: name of the op, under which a profile shows it.
+    query_offset: key index of query 0; None: `Placement.offsets` is given.
+    scale: of the logits.
+    window: tokens, or None.
+    block_size: keys per block.
+    num_blocks: P; 0 for attention alone.
+    interpret: False, or `tpu.interpret_params()`.
+  """
+
+  op: str
+  query_offset: int | None
+  scale: float
+  window: int | None = None
+  block_size: int = 64
+  num_blocks: int = 0
+  interpret: Any = False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attend(q, k, v, placement, sinks, options):
+  """Attention at any T, S, H and E, and the best key blocks of every query.
 
   Args:
     q: [B,T,N,H].
@@ -180,35 +205,71 @@ def forward(q, k, v, placement, sinks, *, query_offset, tiles, **options):
     v: [B,S,K,E].
     placement: `Placement`.
     sinks: f32 [N] or None.
-    query_offset: int; None where `placement.offsets` is given.
-    tiles: `ForwardTiles`.
-    **options: scale, window, block_size, num_blocks, interpret.
+    options: `Options`.
 
   Returns:
-    out [B,T,N,E], lse f32 [B,N,T] (natural, -inf in a row that sees nothing), picked i32 [B,K,T,P]
-    or None.
+    out [B,T,N,E], block_indices i32 [B,K,T,P].
   """
-  tokens, v_dim = q.shape[1], v.shape[-1]
-  q, k, v, known = _padded(q, k, v, placement, query_offset, tiles.block_q, tiles.block_kv)
-  out, lse, picked = forward_kernel.forward(q, k, v, tiles=tiles, sinks=sinks, **known, **options)
-  if picked is not None:
-    picked = picked[..., :tokens].swapaxes(2, 3)
-  return out[:, :tokens, :, :v_dim], lse[..., :tokens], picked
+  return _forward(q, k, v, placement, sinks, options)[::2]
 
 
-def backward(q, k, v, placement, sinks, out, lse, grad_out, *, query_offset, tiles, **options):
-  """(dq, dk, dv, dsinks) at any T, S, H and E; see `forward`.
+def _forward(q, k, v, placement, sinks, options):
+  """out, lse f32 [B,N,T] (natural, -inf in a row that sees nothing), block_indices."""
+  op, query_offset, scale, window, block_size, num_blocks, interpret = options
+  (batch, tokens, heads, _), (num_keys, kv_heads), v_dim = q.shape, k.shape[1:3], v.shape[-1]
+  tiles = forward_tiles(tokens, num_keys, heads // kv_heads, key_unit(op, block_size, num_blocks),
+                        block_size=block_size, num_blocks=num_blocks, window=window)
+  with jax.named_scope(op):
+    q, k, v, known = _padded(q, k, v, placement, query_offset, tiles.block_q, tiles.block_kv)
+    out, lse, picked = forward_kernel.forward(
+      q, k, v, tiles=tiles, sinks=sinks, scale=scale, window=window, block_size=block_size,
+      num_blocks=num_blocks, interpret=interpret, **known)
+    picked = (jnp.zeros((batch, kv_heads, tokens, 0), jnp.int32) if picked is None else
+              picked[..., :tokens].swapaxes(2, 3))
+    return out[:, :tokens, :, :v_dim], lse[..., :tokens], picked
+
+
+def _attend_fwd(q, k, v, placement, sinks, options):
+  out, lse, picked = _forward(q, k, v, placement, sinks, options)
+  if options.window is None:
+    out, lse = checkpoint_name(out, "oracle_out"), checkpoint_name(lse, "oracle_lse")
+    picked = checkpoint_name(picked, "oracle_block_indices")
+  return (out, picked), (q, k, v, placement, sinks, out, lse)
+
+
+def _attend_bwd(options, residuals, grads):
+  with jax.named_scope(options.op + "_backward"):
+    dq, dk, dv, dsinks = backward(*residuals, grads[0], query_offset=options.query_offset,
+                                  scale=options.scale, window=options.window,
+                                  interpret=options.interpret)
+  return dq, dk, dv, None, dsinks
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def backward(q, k, v, placement, sinks, out, lse, grad_out, *, query_offset, window, **options):
+  """(dq, dk, dv, dsinks) at any T, S, H and E.
 
   With the sinks in lse, p and delta are those of the softmax over keys and sink, so the keys need
   nothing else, and dsinks[n] = -sum_{b,t} exp(sink_n - lse) delta.
+
+  Args:
+    q, k, v, placement, sinks: as in `attend`.
+    out: [B,T,N,E] of the forward pass; grad_out: its cotangent.
+    lse: f32 [B,N,T] of the forward pass.
+    query_offset, window: as in `Options`.
+    **options: scale, interpret.
   """
   shapes = [x.shape for x in (q, k, v)]
   tokens = q.shape[1]
+  tiles = backward_tiles(tokens, k.shape[1], q.shape[2] // k.shape[2],
+                         max(q.shape[3], v.shape[3]), q.dtype, window=window)
   q, k, v, known = _padded(q, k, v, placement, query_offset, tiles.block_q, tiles.chunk)
   out, grad_out = (pad(x, q.shape[1], q.shape[-1]) for x in (out, grad_out))
   long_lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q.shape[1] - tokens)))
   *grads, delta = backward_kernel.backward(
-    q, k, v, out, long_lse, grad_out, tiles=tiles, **known, **options)
+    q, k, v, out, long_lse, grad_out, tiles=tiles, window=window, **known, **options)
   dq, dk, dv = (x[:, :shape[1], :, :shape[3]] for x, shape in zip(grads, shapes))
   return dq, dk, dv, sink_gradient(sinks, lse, delta[..., :tokens])
 

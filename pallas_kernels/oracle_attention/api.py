@@ -25,7 +25,7 @@ def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, query_offset=0, s
       sees: they take part with weight 0, and 0 * NaN is NaN.
     v: [B,S,K,E]; its head dim E may differ from H.
     block_size: keys per block; the last block may be short.
-    num_blocks: P, blocks to pick. 0 makes this plain causal attention.
+    num_blocks: P, blocks to select. 0 makes this plain causal attention.
     query_offset: int, i32 [] or i32 [B], at least 0: the key index of query 0. Query t of row b
       sees the keys up to query_offset[b] + t, which may lie beyond the last key.
     segment_ids: i32 [B,T] or None, the queries' documents. A query attends within its document
@@ -45,18 +45,9 @@ def oracle_attention(q, k, v, *, block_size=64, num_blocks=16, query_offset=0, s
     NotImplementedError: an implementation that does not exist.
   """
   op = "oracle_attention"
-  sizes = {}
-  checks.check_shape(op, "q", q, "BTNH", sizes)
-  checks.check_shape(op, "k", k, "BSKH", sizes)
-  checks.check_shape(op, "v", v, "BSKE", sizes)
-  checks.check_heads(op, sizes)
-  query_offset = checks.check_offset(op, "query_offset", query_offset, sizes)
-  segment_ids, kv_segment_ids = checks.check_segments(op, segment_ids, kv_segment_ids, query_offset,
-                                                      sizes)
+  sizes, shared = checks.check_attention(op, q, k, v, query_offset, segment_ids, kv_segment_ids,
+                                         scale)
   checks.check_at_least(op, 1, block_size=block_size)
   checks.check_at_least(op, 0, num_blocks=num_blocks)
-  checks.check_scale(op, scale)
   run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM, tokens=sizes["T"])
-  return run(q, k, v, block_size=block_size, num_blocks=num_blocks, query_offset=query_offset,
-             segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
-             scale=sizes["H"] ** -0.5 if scale is None else scale)
+  return run(q, k, v, block_size=block_size, num_blocks=num_blocks, **shared)

@@ -25,7 +25,7 @@ def oracle_attention(q, k, v, *, block_size, num_blocks, query_offset, segment_i
   queries, keys = causal_arrays(q, k, v, query_offset=query_offset, segment_ids=segment_ids,
                                 kv_segment_ids=kv_segment_ids, scale=scale)
   if num_blocks:
-    keys = _pad_keys(keys, -k.shape[1] % block_size)
+    keys = pad_keys(keys, -k.shape[1] % block_size)
 
   def attend(queries, keys):
     out, picked = attend_and_select(queries["q"], keys["k"], keys["v"], causal_mask(queries, keys),
@@ -38,7 +38,8 @@ def oracle_attention(q, k, v, *, block_size, num_blocks, query_offset, segment_i
   return out, block_indices.transpose(0, 2, 1, 3)
 
 
-def _pad_keys(keys, padding):
+def pad_keys(keys, padding):
+  """The keys of `causal_arrays` with `padding` more that no query sees."""
   fill = {"k": 0, "v": 0, "position": NEVER, "segment": 0}
   return {name: None if x is None else
           jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), constant_values=fill[name])

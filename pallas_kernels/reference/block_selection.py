@@ -1,4 +1,4 @@
-"""Which key blocks a query picks, and which keys picked blocks make visible."""
+"""Selects each query's key blocks, and masks the keys that selected blocks make visible."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def attend_and_select(q, k, v, visible, *, block_size, num_blocks):
   if not num_blocks:
     out, _ = masked_attention(q, k, v, visible)
     return out, jnp.zeros((batch, num_queries, kv_heads, 0), jnp.int32)
-  # With no more blocks than picks every candidate is picked, whatever its weight.
+  # With at most P blocks every candidate is selected, whatever its weight.
   compete = num_keys > num_blocks * block_size
   out, log_weights = masked_attention(q, k, v, visible, block_size=block_size if compete else None)
   if not compete:
@@ -62,10 +62,10 @@ def select_blocks(log_weights, num_blocks):
 
 
 def picked_keys(block_indices, num_keys, block_size):
-  """bool [B,K,T,S]: is the key inside one of the query's picked blocks?
+  """bool [B,K,T,S]: is the key inside one of the query's selected blocks?
 
   Args:
-    block_indices: i32 [B,K,T,P]; entries outside 0..C-1 pick nothing.
+    block_indices: i32 [B,K,T,P]; entries outside 0..C-1 select nothing.
     num_keys: S.
     block_size: keys per block.
   """

@@ -21,7 +21,7 @@ def windowed_attention(queries, keys, *, window, sinks):
   Args:
     queries: {"q": f32 [B,T,N,H] scaled, "position": i32 [B,T], "segment": i32 [B,T] or None}.
     keys: {"k": f32 [B,S,K,H], "v": f32 [B,S,K,E], "position": i32 [B,S], "segment": i32 [B,S] or
-      None}, S = T + window - 1: key `i + window - 1` stands at the position of query `i`.
+      None}, S = T + window - 1: key `i + window - 1` is at the position of query `i`.
       A key at a negative position is hidden from every query.
     window: tokens a query sees, itself included.
     sinks: f32 [N] or None.

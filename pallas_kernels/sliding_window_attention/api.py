@@ -43,18 +43,9 @@ def sliding_window_attention(q, k, v, *, window=128, sinks=None, query_offset=0,
     NotImplementedError: an implementation that does not exist.
   """
   op = "sliding_window_attention"
-  sizes = {}
-  checks.check_shape(op, "q", q, "BTNH", sizes)
-  checks.check_shape(op, "k", k, "BSKH", sizes)
-  checks.check_shape(op, "v", v, "BSKE", sizes)
-  checks.check_heads(op, sizes)
+  sizes, shared = checks.check_attention(op, q, k, v, query_offset, segment_ids, kv_segment_ids,
+                                         scale)
   checks.check_sinks(op, "sinks", sinks, sizes)
-  query_offset = checks.check_offset(op, "query_offset", query_offset, sizes)
-  segment_ids, kv_segment_ids = checks.check_segments(op, segment_ids, kv_segment_ids, query_offset,
-                                                      sizes)
   checks.check_at_least(op, 1, window=window)
-  checks.check_scale(op, scale)
   run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM, tokens=sizes["T"])
-  return run(q, k, v, window=window, sinks=sinks, query_offset=query_offset,
-             segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
-             scale=sizes["H"] ** -0.5 if scale is None else scale)
+  return run(q, k, v, window=window, sinks=sinks, **shared)

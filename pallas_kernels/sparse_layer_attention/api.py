@@ -109,14 +109,13 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
       checks.check_broadcast(op, f"gate_{branch}", gate, "BTNE", sizes)
     checks.check_sinks(op, f"sinks_{branch}", sinks, sizes)
   checks.check_at_least(op, 1, block_size=block_size, window=window)
-  checks.check_scale(op, scale)
+  scale = checks.check_scale(op, scale, sizes)
   run = implementations.pick(op, implementation, _AVAILABLE, _BY_PLATFORM, tokens=sizes["T"])
   return run(q, k, v, block_indices, k_local, v_local, gate_sparse, gate_local,
              sinks_sparse=sinks_sparse, sinks_local=sinks_local, block_size=block_size,
              window=window, query_offset=query_offset, local_query_offset=local_query_offset,
              segment_ids=query_segments, kv_segment_ids=kv_segment_ids,
-             local_kv_segment_ids=local_kv_segment_ids,
-             scale=sizes["H"] ** -0.5 if scale is None else scale, plan=plan)
+             local_kv_segment_ids=local_kv_segment_ids, scale=scale, plan=plan)
 
 
 hybrid_sparse_attention = sparse_layer_attention     # its former name, for one release

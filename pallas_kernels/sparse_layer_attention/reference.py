@@ -18,14 +18,15 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
                                     sinks=sinks_sparse, query_offset=query_offset,
                                     segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
                                     scale=scale)
-    out = _gated(gate_sparse, sparse)
+    out = gated(gate_sparse, sparse)
   if k_local is not None:
     local = sliding_window_attention(q32, k_local, v_local, window=window, sinks=sinks_local,
                                      query_offset=local_query_offset, segment_ids=segment_ids,
                                      kv_segment_ids=local_kv_segment_ids, scale=scale)
-    out = out + _gated(gate_local, local)
+    out = out + gated(gate_local, local)
   return out.astype(q.dtype)
 
 
-def _gated(gate, out):
+def gated(gate, out):
+  """gate * out in float32, or out f32 where there is no gate."""
   return out if gate is None else gate.astype(jnp.float32) * out

@@ -90,26 +90,16 @@ def backward(q, k, v, dout, lse, delta, plan, config, *, segment_blocks, scale, 
     dq [B*K, T'*G', H] in q's dtype, by q without its scale; dk f32 [B*K,S,H], by k, over
     ln 2; dv f32 [B*K,S,E].
   """
-  heads, key_tokens, width = v.shape
+  heads, _, width = v.shape
   head_dim, tiles = q.shape[-1], config.tiles_per_program
   programs = -(-plan.counts.shape[-1] // tiles)
-  launches = key_tokens // (segment_blocks * plan.block_size)
+  by_row = lambda sizes: {"dout": (dout, schedule.program_rows(config, sizes, width)),
+                          "lse": (lse, schedule.program_lanes(config, sizes)),
+                          "delta": (delta, schedule.program_lanes(config, sizes))}
   state, dk, dv = None, [], []
-  for segment in range(launches):
-    sizes = schedule.Sizes.of(
-      plan, segment, segment_blocks, launches, segment_ids is not None)
+  for last, sizes, operands in schedule.launches(
+      q, k, v, plan, config, segment_blocks, segment_ids, kv_segment_ids, by_row):
     rows = sizes.rows
-    operands = schedule.table_operands(plan, config, sizes) | {
-      "q": (q, schedule.program_rows(config, sizes, head_dim)),
-      "dout": (dout, schedule.program_rows(config, sizes, width)),
-      "lse": (lse, schedule.program_lanes(config, sizes)),
-      "delta": (delta, schedule.program_lanes(config, sizes)),
-      "k": (k, schedule.resident(sizes.key_rows, head_dim, segment)),
-      "v": (v, schedule.resident(sizes.key_rows, width, segment)),
-    }
-    operands |= schedule.segment_operands(
-      segment_ids, kv_segment_ids, config, sizes, plan.counts.shape[1],
-      q.shape[1] // sizes.group, key_tokens)
     acc = pl.BlockSpec((1, 1, tiles, head_dim, rows), lambda h, c: (h, c, 0, 0, 0))
     if state is not None:
       operands["acc_in"] = state, acc
@@ -117,7 +107,7 @@ def backward(q, k, v, dout, lse, delta, plan, config, *, segment_blocks, scale, 
                       schedule.resident(sizes.key_rows, head_dim, 0)),
                "dv": (f32(heads, sizes.key_rows, width),
                       schedule.resident(sizes.key_rows, width, 0))}
-    last, aliases = segment == launches - 1, None
+    aliases = None
     if last:
       outputs["dq"] = (jax.ShapeDtypeStruct(q.shape, q.dtype),
                        schedule.program_rows(config, sizes, head_dim))

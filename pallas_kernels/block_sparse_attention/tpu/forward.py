@@ -124,8 +124,7 @@ def _state_specs(tiles, shapes):
 
 
 def forward(q, k, v, plan, config, *, segment_blocks, sinks=None, segment_ids=None,
-            kv_segment_ids=None, epilogue=None, interpret=False,
-            vmem_limit=None):
+            kv_segment_ids=None, epilogue=None, interpret=False, vmem_limit=None):
   """Attention of each row over its tile's list.
 
   Args:
@@ -143,22 +142,13 @@ def forward(q, k, v, plan, config, *, segment_blocks, sinks=None, segment_ids=No
     {"out": [B*K, T'*G', E] in v's dtype, "lse": f32 [B*K, C, tiles, R], natural}, or the
     epilogue's outputs with lse.
   """
-  heads, key_tokens, width = v.shape
+  heads, _, width = v.shape
   kv_heads, tiles = plan.counts.shape[1], config.tiles_per_program
   programs = -(-plan.counts.shape[-1] // tiles)
-  launches = key_tokens // (segment_blocks * plan.block_size)
   state = None
-  for segment in range(launches):
-    sizes = schedule.Sizes.of(
-      plan, segment, segment_blocks, launches, segment_ids is not None)
+  for last, sizes, operands in schedule.launches(
+      q, k, v, plan, config, segment_blocks, segment_ids, kv_segment_ids):
     rows = sizes.rows
-    operands = schedule.table_operands(plan, config, sizes) | {
-      "q": (q, schedule.program_rows(config, sizes, q.shape[-1])),
-      "k": (k, schedule.resident(sizes.key_rows, k.shape[-1], segment)),
-      "v": (v, schedule.resident(sizes.key_rows, width, segment)),
-    }
-    operands |= schedule.segment_operands(
-      segment_ids, kv_segment_ids, config, sizes, kv_heads, q.shape[1] // sizes.group, key_tokens)
     shapes = {"acc": (width, rows), "m": (8, rows), "l": (8, rows)}
     specs = _state_specs(tiles, shapes)
     if state is not None:
@@ -166,7 +156,6 @@ def forward(q, k, v, plan, config, *, segment_blocks, sinks=None, segment_ids=No
     elif sinks is not None:
       lanes = jnp.tile(sinks, (1, sizes.tile_tokens))[:, None]
       operands["sinks"] = lanes, pl.BlockSpec((1, 1, rows), lambda h, c: (h % kv_heads, 0, 0))
-    last = segment == launches - 1
     scratch = {"scores": pltpu.VMEM(
       (config.steps_per_body, config.blocks_per_step * sizes.block_size, rows), jnp.float32)}
     scratch |= {name: pltpu.VMEM((tiles + 1, *shape), jnp.float32)

@@ -216,14 +216,21 @@ class Layout:
     return schedule.from_rows(x, self.batch, (1, 1), self.num_keys, width)
 
 
-def run_forward(q, k, v, sinks, segment_ids, kv_segment_ids, scale, plan, options):
-  """-> (out [B,T,N,E], log-sum-exp f32 [B,T,N], natural, -inf in a row that sees nothing)."""
-  layout = Layout(_OP, plan, options.forward, options, q, k, v, segment_ids)
-  results = forward_kernel.forward(
+def launch_forward(op, q, k, v, sinks, segment_ids, kv_segment_ids, scale, plan, options,
+                   epilogue=None, extra=0):
+  """The `Layout` and the results of the forward kernel; extra: VMEM bytes of the epilogue."""
+  layout = Layout(op, plan, options.forward, options, q, k, v, segment_ids, extra=extra)
+  return layout, forward_kernel.forward(
     layout.queries(q, scale), layout.keys(k), layout.keys(v), plan, layout.config,
     segment_blocks=layout.segment_blocks, sinks=layout.sinks(sinks), segment_ids=segment_ids,
-    kv_segment_ids=kv_segment_ids, interpret=options.interpret,
+    kv_segment_ids=kv_segment_ids, epilogue=epilogue, interpret=options.interpret,
     vmem_limit=options.vmem_bytes or tpu.vmem_limit())
+
+
+def run_forward(q, k, v, sinks, segment_ids, kv_segment_ids, scale, plan, options):
+  """-> (out [B,T,N,E], log-sum-exp f32 [B,T,N], natural, -inf in a row that sees nothing)."""
+  layout, results = launch_forward(
+    _OP, q, k, v, sinks, segment_ids, kv_segment_ids, scale, plan, options)
   return layout.to_tokens(results["out"], v.shape[-1]), layout.to_numbers(results["lse"])
 
 
@@ -234,8 +241,8 @@ def by_heads(fn, inputs, axes):
   a 64th of the memory, the KV heads go through in equal parts, one after the other.
 
   Args:
-    inputs: {name: array or None}, with "q" and "k".
-    axes: {name: the axis of heads}; an array without one is given whole.
+    inputs: {name: array, `TilePlan` or None}, with "q" and "k".
+    axes: {name: the axis of heads}; what has none is given whole.
   """
   q, kv_heads = inputs["q"], inputs["k"].shape[2]
   parts = min(n for n in range(1, kv_heads + 1)
@@ -245,12 +252,11 @@ def by_heads(fn, inputs, axes):
     return fn(inputs)
 
   def part(number):
-    def some(name, x):
-      if x is None or name not in axes:
-        return x
-      width = x.shape[axes[name]] // parts
-      return lax.dynamic_slice_in_dim(x, number * width, width, axes[name])
-    return fn({name: some(name, x) for name, x in inputs.items()})
+    def some(x, axis):
+      width = x.shape[axis] // parts
+      return lax.dynamic_slice_in_dim(x, number * width, width, axis)
+    return fn(inputs | {name: jax.tree.map(lambda x, axis=axis: some(x, axis), inputs[name])
+                        for name, axis in axes.items()})
 
   def place(number, found):            # into the whole arrays, so that no second copy exists
     def put(whole, x):
@@ -273,19 +279,6 @@ def part_bytes():
   except ValueError:                    # "Unsupported TPU device kind: cpu"
     return 1 << 30
   return info.hbm_capacity_bytes * info.num_cores // 64
-
-
-PLAN_AXES = {"blocks": 1, "words": 1, "counts": 1, "positions": 1}
-
-
-def plan_arrays(plan):
-  """{name: array} of a plan, for `by_heads`."""
-  return {name: getattr(plan, name) for name in PLAN_AXES}
-
-
-def plan_of(plan, inputs):
-  """The plan with the arrays that `by_heads` handed on."""
-  return dataclasses.replace(plan, **{name: inputs[name] for name in PLAN_AXES})
 
 
 def run_backward(op, inputs, scale, plan, options):
@@ -324,12 +317,13 @@ def _attention_fwd(q, k, v, sinks, segment_ids, kv_segment_ids, plan, scale, opt
 
 def _attention_bwd(scale, options, saved, dout):
   q, k, v, sinks, segment_ids, kv_segment_ids, plan, out, lse = saved
-  inputs = {"q": q, "k": k, "v": v, "sinks": sinks, "out": out, "lse": lse, "dout": dout}
-  axes = {name: 0 if name == "sinks" else 2 for name in inputs} | PLAN_AXES
-  inputs |= {"segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids} | plan_arrays(plan)
+  inputs = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
+  axes = dict.fromkeys(inputs, 2) | {"sinks": 0, "plan": 1}
+  inputs |= {"sinks": sinks, "plan": plan, "segment_ids": segment_ids,
+             "kv_segment_ids": kv_segment_ids}
   with jax.named_scope(_OP + "_backward"):
     found = by_heads(
-      lambda some: choose(plan_of(plan, some), options, functools.partial(
+      lambda some: choose(some["plan"], options, functools.partial(
         run_backward, _OP, some, scale)), inputs, axes)
   return found["q"], found["k"], found["v"], found["sinks"], None, None, None
 

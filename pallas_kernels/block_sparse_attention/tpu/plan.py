@@ -1,9 +1,9 @@
 """What the TPU kernels derive from the selected blocks, computed once per hybrid block.
 
-A tile is `lanes` rows, tokens x query heads of one KV head. Its list holds every block that one of
+A tile is `ROWS` rows, tokens x query heads of one KV head. Its list holds every block that one of
 its tokens selected (the union), with a bit for each token that did. Lists descend, so that the
-blocks which need the causal mask come first and the blocks of a segment of the keys stand
-together. The static width is the most a tile can pick, so nothing is ever left out.
+blocks which need the causal mask come first and the blocks of a segment of the keys are
+adjacent. The static width is the most a tile can select, so no block is left out.
 
 XLA operations that TPUs do well: two sorts of short rows and shifts, no scatter, no atomics; so a
 plan, and every sum that follows its order, is the same bit for bit on every run.
@@ -18,6 +18,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.checks import NotCoveredError
+
+ROWS = 128       # of a tile: tokens x query heads of one KV head
+_MERGED = 4      # tiles that a dense kernel takes as one
 
 
 @functools.partial(
@@ -58,7 +61,7 @@ class TilePlan:
 
   @property
   def may_pass_end(self):
-    """Whether a query may stand behind the last key."""
+    """Whether a query may come after the last key."""
     return self.query_offset is None or self.query_offset + self.tokens > self.num_keys
 
   def causal_entries(self):
@@ -79,11 +82,12 @@ class TilePlan:
     return (self.counts.astype(jnp.float32).sum()
             / jnp.maximum(self.causal_blocks().astype(jnp.float32).sum(), 1.0))
 
-  def dense(self, merged=4):
-    """The same selection as lists of every causal block, for tiles of `merged` times the tokens.
+  def dense(self):
+    """The same selection as lists of every causal block, for tiles of `_MERGED` times the tokens.
 
     What is then left to choose is membership: a dense causal kernel with a mask per row.
     """
+    merged = _MERGED
     b, k, tiles, width = self.blocks.shape
     blocks, programs = self.num_blocks, -(-tiles // merged)
     wide = dataclasses.replace(self, tile_tokens=self.tile_tokens * merged,
@@ -141,7 +145,7 @@ def _keys(block_indices, tile_tokens, block_size, blocks, offsets):
   return keys.reshape(b, k, tiles, tile_tokens * p)
 
 
-def make_plan(block_indices, group, *, block_size=64, num_keys=None, query_offset=0, lanes=128):
+def make_plan(block_indices, group, *, block_size=64, num_keys=None, query_offset=0):
   """The `TilePlan` of some selected blocks.
 
   Args:
@@ -150,13 +154,12 @@ def make_plan(block_indices, group, *, block_size=64, num_keys=None, query_offse
     block_size: keys per block.
     num_keys: S; None: T.
     query_offset: int, or i32 [B]: the key index of query 0.
-    lanes: rows of a tile, a multiple of 128.
 
   Raises:
     NotCoveredError: a group of more than 128.
   """
   group = padded_group(group)
-  tile = lanes // group
+  tile = ROWS // group
   batch, _, tokens = block_indices.shape[:3]
   num_keys = tokens if num_keys is None else num_keys
   num_blocks = -(-num_keys // block_size)

@@ -192,7 +192,7 @@ class ListWalk:
     return ref[0, 0, pl.ds(tile, 1), :]
 
   def biases(self, entries):
-    """[8, R] for each block: 0 in the lanes of tokens that picked it, `MASKED` in the others."""
+    """[8, R] for each block: 0 in the lanes of tokens that selected it, `MASKED` in the others."""
     token = lax.broadcasted_iota(jnp.int32, (8, self.sizes.rows), 1) // self.sizes.group
     found = []
     for _, _, words in entries:
@@ -275,7 +275,7 @@ class Sizes:
     rows: R, rows of a tile: tile_tokens * group.
     words: membership words of a (tile, block).
     causal_entries: a list's first entries, which the causal mask may hide in part.
-    num_keys: S, where queries may stand behind the last key and its block is padded; or None.
+    num_keys: S, where queries may come after the last key and its block is padded; or None.
     first_block: of the key segment; segment_blocks: how many it has.
     segment: its number.
     partial: whether there are others.
@@ -313,11 +313,26 @@ class Sizes:
     return self.segment_blocks * self.block_size
 
 
-def table_operands(plan, config, sizes):
-  """{name: (table, spec)} of `walk_tables`."""
-  tables = walk_tables(plan, config, sizes.segment, sizes.segment_blocks)
-  return {name: (table, smem(table))
-          for name, table in zip(("head", "spans", "blocks", "words"), tables)}
+def launches(q, k, v, plan, config, segment_blocks, segment_ids, kv_segment_ids, more=None):
+  """Yields (whether it is the last, `Sizes`, operands {name: (array, spec)}) for each key segment.
+
+  Args:
+    q, k, v, plan, config, segment_blocks, segment_ids, kv_segment_ids: as in `forward.forward`.
+    more: sizes -> further operands, or None.
+  """
+  count = k.shape[1] // (segment_blocks * plan.block_size)
+  for segment in range(count):
+    sizes = Sizes.of(plan, segment, segment_blocks, count, segment_ids is not None)
+    tables = walk_tables(plan, config, segment, segment_blocks)
+    operands = {name: (table, smem(table))
+                for name, table in zip(("head", "spans", "blocks", "words"), tables)}
+    operands["q"] = q, program_rows(config, sizes, q.shape[-1])
+    operands |= {} if more is None else more(sizes)
+    operands |= {name: (x, resident(sizes.key_rows, x.shape[-1], segment))
+                 for name, x in (("k", k), ("v", v))}
+    yield segment == count - 1, sizes, operands | segment_operands(
+      segment_ids, kv_segment_ids, config, sizes, plan.counts.shape[1], q.shape[1] // sizes.group,
+      k.shape[1])
 
 
 def program_rows(config, sizes, width):

@@ -1,4 +1,4 @@
-"""Decode (T=1) attention over a cache on TPU: all slots and block maxima, or the picked blocks.
+"""Decode (T=1) attention over a cache on TPU: all slots, or the selected blocks.
 
 The cache stays where it is. A TPU lays [S,K,H] out as S*K rows of H lanes, so [S*K,H] is the same
 bytes, while [S,K*H] would be a copy of the whole cache; and with `layer` a stacked cache is read
@@ -10,8 +10,8 @@ work, which costs less time than the copies.
     scores [N,R] = q [N,H] x piece [R,H]^T      row r of a piece is slot r // K, KV head r % K
 
 One program per sequence: a loop over the steps that its position needs, copies one step ahead.
-Blocks that several KV heads picked are read once (`_union`). What a query may not see is masked; of
-slots up to its position the kernel asks that the other KV heads' keys and values be finite.
+Blocks that several KV heads selected are read once (`_union`). What a query may not see is masked;
+of slots up to its position the kernel asks that the other KV heads' keys and values be finite.
 """
 
 import dataclasses
@@ -169,7 +169,7 @@ def _check(op, q, k, v, block_size):
 
 
 def _union(blocks, position, total, block_size, together):
-  """The blocks that any KV head of a row picked, each once, and who picked them.
+  """The blocks that any KV head of a row selected, each once, and which heads selected them.
 
   Args:
     blocks: i32 [B,K,P]; what is no visible block counts as none.

@@ -1,7 +1,7 @@
 """The attention of a sparse layer on TPU, in one forward kernel.
 
 The block-sparse kernel runs the sparse branch; when a tile of it is done, `WindowEpilogue` adds the
-local branch for the same queries (the window's keys stand next to each other), each branch with
+local branch for the same queries (the window's keys are adjacent), each branch with
 its own sinks, gates both and writes the sum. The queries are read once and the result written once.
 The backward pass is three parts: XLA for the gates, the block-sparse kernel, the window kernel.
 
@@ -16,7 +16,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu
 from pallas_kernels.block_sparse_attention.tpu import forward as sparse_forward
 from pallas_kernels.block_sparse_attention.tpu import op as sparse
 from pallas_kernels.block_sparse_attention.tpu import schedule
@@ -25,6 +24,7 @@ from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
 from pallas_kernels.causal_attention_tpu.tiles import Placement
 from pallas_kernels.sliding_window_attention.tpu.op import sliding_window_attention
 from pallas_kernels.softmax import INITIAL_MAX, MASKED
+from pallas_kernels.sparse_layer_attention.reference import gated
 from pallas_kernels.tpu import dot
 
 OP = "sparse_layer_attention"
@@ -222,14 +222,11 @@ class WindowEpilogue:
 def _forward(window, query_offset, scale, residuals, inputs, plan, options):
   """{"out": [B,T,N,E]} and, as residuals, both branches' results and log-sum-exp f32 [B,T,N]."""
   q, k, v, segment_ids = (inputs[name] for name in ("q", "k", "v", "segment_ids"))
-  make = functools.partial(sparse.Layout, OP, plan, options.forward, options, q, k, v, segment_ids)
-  epilogue = WindowEpilogue(make(), inputs, window, query_offset, residuals)
-  layout = make(extra=epilogue.vmem_bytes())
-  results = sparse_forward.forward(
-    layout.queries(q, scale), layout.keys(k), layout.keys(v), plan, layout.config,
-    segment_blocks=layout.segment_blocks, sinks=layout.sinks(inputs["sinks_sparse"]),
-    segment_ids=segment_ids, kv_segment_ids=inputs["kv_segment_ids"], epilogue=epilogue,
-    interpret=options.interpret, vmem_limit=options.vmem_bytes or tpu.vmem_limit())
+  layout = sparse.Layout(OP, plan, options.forward, options, q, k, v, segment_ids)
+  epilogue = WindowEpilogue(layout, inputs, window, query_offset, residuals)
+  layout, results = sparse.launch_forward(
+    OP, q, k, v, inputs["sinks_sparse"], segment_ids, inputs["kv_segment_ids"], scale, plan,
+    options, epilogue, epilogue.vmem_bytes())
   width = v.shape[-1]
   found = {"out": layout.to_tokens(results["out"], width)}
   if residuals:
@@ -244,8 +241,8 @@ def _by_heads(run, inputs, plan, options):
   axes = {name: 0 if name.startswith("sinks") else 2 for name in inputs
           if name not in _WITHOUT_HEADS}
   return sparse.by_heads(
-    lambda some: sparse.choose(sparse.plan_of(plan, some), options, functools.partial(run, some)),
-    inputs | sparse.plan_arrays(plan), axes | sparse.PLAN_AXES)
+    lambda some: sparse.choose(some["plan"], options, functools.partial(run, some)),
+    inputs | {"plan": plan}, axes | {"plan": 1})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -295,23 +292,13 @@ def _backward(window, query_offset, scale, inputs, plan, options):
     scale, plan, options)
   grads |= {"k": shared["k"], "v": shared["v"], "sinks_sparse": shared["sinks"]}
   k_local, v_local = inputs["k_local"], inputs["v_local"]
-  tiles = tpu_attention.backward_tiles(
-    q.shape[1], k_local.shape[1], q.shape[2] // k_local.shape[2],
-    max(q.shape[3], v_local.shape[3]), q.dtype, window=window)
   placement = Placement(segment_ids, inputs["local_kv_segment_ids"], inputs["local_offsets"])
   dq, grads["k_local"], grads["v_local"], grads["sinks_local"] = tpu_attention.backward(
     q, k_local, v_local, placement, inputs["sinks_local"], inputs["out_local"],
-    inputs["lse_local"].swapaxes(1, 2), branch["local"], query_offset=query_offset, tiles=tiles,
+    inputs["lse_local"].swapaxes(1, 2), branch["local"], query_offset=query_offset,
     scale=scale, window=window, interpret=options.interpret)
   grads["q"] = (shared["q"].astype(jnp.float32) + dq.astype(jnp.float32)).astype(q.dtype)
   return grads
-
-
-def _gated(gate, out):
-  """gate * out, computed in float32."""
-  if gate is None:
-    return out
-  return (gate.astype(jnp.float32) * out.astype(jnp.float32)).astype(out.dtype)
 
 
 def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse, gate_local, *,
@@ -327,15 +314,17 @@ def sparse_layer_attention(q, k, v, block_indices, k_local, v_local, gate_sparse
   options = options or Options()
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   if k is None:
-    return _gated(gate_local, sliding_window_attention(
+    out = sliding_window_attention(
       q, k_local, v_local, window=window, sinks=sinks_local, query_offset=local_query_offset,
       segment_ids=segment_ids, kv_segment_ids=local_kv_segment_ids, scale=scale,
-      interpret=options.interpret))
+      interpret=options.interpret)
+    return gated(gate_local, out.astype(jnp.float32)).astype(q.dtype)
   if k_local is None:
-    return _gated(gate_sparse, sparse.block_sparse_attention(
+    out = sparse.block_sparse_attention(
       q, k, v, block_indices, block_size=block_size, sinks=sinks_sparse, query_offset=query_offset,
       segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, scale=scale, plan=plan,
-      options=options))
+      options=options)
+    return gated(gate_sparse, out.astype(jnp.float32)).astype(q.dtype)
   sparse.check_support(OP, {"q": q, "k": k, "v": v, "k_local": k_local, "v_local": v_local},
                        block_size)
   plan = sparse.pick_plan(OP, plan, block_indices, q.shape[2] // k.shape[2], block_size,
