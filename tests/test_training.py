@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -21,9 +22,9 @@ from hysparse_jax.training import metrics
 from hysparse_jax.training.checkpoint import Checkpoints
 from tests.test_configs import REPO
 
-# tiny_moe, packed, smaller: two groups of layers, 12 steps, a checkpoint every 3.
+# tiny_moe, packed, smaller: one hybrid block, 12 steps, a checkpoint every 3.
 SETTINGS = [
-  "model.num_layers=3", "model.sparse_per_full=1", "model.d_model=32", "model.head_dim=16",
+  "model.num_layers=2", "model.pattern=full sparse", "model.d_model=32", "model.head_dim=16",
   "model.moe.num_experts=4", "model.moe.d_ff=16", "model.moe.bias_update_rate=0.01",
   "data.seq_len=64", "data.batch_size=4", "train.grad_accum=2", "train.steps=12",
   "train.log_every=2", "train.eval_every=0", "train.eval_batches=1", "train.checkpoint_every=3",
@@ -97,17 +98,21 @@ def uninterrupted(corpus, cache, tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("kill_after", [3, 6])
-def test_kill_9_and_resume_is_bit_exact(kill_after, corpus, cache, uninterrupted, tmp_path):
-  workdir = tmp_path / "run"
-  process = start(arguments(corpus, workdir), cache)
-  wait_for(workdir / "checkpoints" / str(kill_after), process)
-  time.sleep(np.random.default_rng(kill_after).uniform(0, 0.2))     # anywhere in a step or a save
+def kill_after(step, process, workdir):
+  """SIGKILL at an arbitrary time from the checkpoint's appearance on, in a step or a save."""
+  wait_for(workdir / "checkpoints" / str(step), process)
+  time.sleep(np.random.default_rng(step).uniform(0, 0.2))
   process.send_signal(signal.SIGKILL)
   code, _, _ = finish(process)
   assert code == -signal.SIGKILL
-  anew = kill_after == 3                  # a resumed run that XLA compiles again is the same run
-  code, out, err = finish(start(arguments(corpus, workdir), None if anew else cache))
+
+
+def test_kill_9_and_resume_is_bit_exact(corpus, cache, uninterrupted, tmp_path):
+  """Killed twice; the second run is one that XLA compiles again."""
+  workdir = tmp_path / "run"
+  kill_after(3, start(arguments(corpus, workdir), cache), workdir)
+  kill_after(6, start(arguments(corpus, workdir)), workdir)
+  code, out, err = finish(start(arguments(corpus, workdir), cache))
   assert code == 0, err
   assert "resumed at step" in out
   assert losses(workdir) == losses(uninterrupted)
@@ -115,58 +120,36 @@ def test_kill_9_and_resume_is_bit_exact(kill_after, corpus, cache, uninterrupted
   assert state_bytes(workdir, 12) == state_bytes(uninterrupted, 12)
 
 
-def test_sigterm_saves_and_exits_with_0(corpus, cache, uninterrupted, tmp_path):
-  workdir = tmp_path / "run"
-  process = start(arguments(corpus, workdir, "train.checkpoint_every=0", "train.log_every=1"),
-                  cache)
-  while "step 2/" not in (line := process.stdout.readline()):
-    assert line or process.poll() is None, process.stderr.read()
-  process.send_signal(signal.SIGTERM)
-  code, out, err = finish(process)
-  assert code == 0, err
-  saved = Checkpoints(workdir / "checkpoints", read_only=True).steps()
-  if 12 not in saved:                       # it was in time to stop the run
-    assert f"stopped by SIGTERM at step {saved[0]}, which is saved" in out
-  code, _, err = finish(start(arguments(corpus, workdir, "train.checkpoint_every=0"), cache))
-  assert code == 0, err
-  assert state_bytes(workdir, 12) == state_bytes(uninterrupted, 12)
-  assert losses(workdir) == losses(uninterrupted)
-
-
-def test_a_flipped_bit_falls_back_and_says_so(corpus, cache, uninterrupted, tmp_path):
+def test_sigterm_saves_and_a_flipped_bit_in_that_falls_back(corpus, cache, uninterrupted, tmp_path):
   """On the run's own checkpoint; every file and many bits are tried in test_checkpoint.py."""
   workdir = tmp_path / "run"
   shutil.copytree(uninterrupted, workdir)
-  newest = workdir / "checkpoints" / "12" / "state"
+  for step in (9, 12):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  args = arguments(corpus, workdir, "train.checkpoint_every=0")
+  process = start(args, cache)
+  while "resumed at step 6" not in (line := process.stdout.readline()):
+    assert line or process.poll() is None, process.stderr.read()
+  time.sleep(0.5)                           # the first step takes seconds to trace
+  process.send_signal(signal.SIGTERM)
+  code, out, err = finish(process)
+  assert code == 0, err
+  assert "stopped by SIGTERM at step 7, which is saved" in out
+  assert Checkpoints(workdir / "checkpoints", read_only=True).steps()[-1] == 7
+  assert losses(workdir) == {step: row for step, row in losses(uninterrupted).items() if step < 8}
+
+  newest = workdir / "checkpoints" / "7" / "state"
   largest = max((path for path in newest.rglob("*") if path.is_file()),
                 key=lambda path: path.stat().st_size)
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 1
   largest.write_bytes(content)
-  code, out, err = finish(start(arguments(corpus, workdir), cache))
+  code, out, err = finish(start(args, cache))
   assert code == 0, err
-  assert "warning: checkpoint 12 rejected" in err
-  assert "resumed at step 9" in out
+  assert "warning: checkpoint 7 rejected" in err
+  assert "resumed at step 6" in out
   assert state_bytes(workdir, 12) == state_bytes(uninterrupted, 12)
   assert losses(workdir) == losses(uninterrupted)
-
-
-def files(folder):
-  return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@pytest.mark.parametrize("setting, message", [
-  ("train.steps=6", "is at step 12, beyond train.steps=6"),
-  ("model.window=16", "has another model or optimizer: it has window = 32, asked for window = 16"),
-  ("optim.optimizer=adamw", "another model or optimizer"),
-  ("data.seed=7", "seed"),
-])
-def test_another_recipe_on_resume_is_refused(setting, message, corpus, uninterrupted):
-  before = files(uninterrupted)
-  code, _, err = finish(start(arguments(corpus, uninterrupted, setting)))
-  assert code == 2
-  assert err.startswith("error: ") and message in err and err.count("\n") == 1
-  assert files(uninterrupted) == before                   # nothing lost
 
 
 def call(program, *args):
@@ -184,6 +167,31 @@ def call(program, *args):
     flags.FLAGS.unparse_flags()
     flags.FLAGS.mark_as_parsed()
   return exit_.value.code or 0, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """The mesh that `start` has, for `call`."""
+  device = jax.devices()[0]
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+
+
+def files(folder):
+  return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("setting, message", [
+  ("train.steps=6", "is at step 12, beyond train.steps=6"),
+  ("model.window=16", "has another model or optimizer: it has window = 32, asked for window = 16"),
+  ("optim.optimizer=adamw", "another model or optimizer"),
+  ("data.seed=7", "seed"),
+])
+def test_another_recipe_on_resume_is_refused(setting, message, corpus, uninterrupted, one_device):
+  before = files(uninterrupted)
+  code, _, err = call(train, *arguments(corpus, uninterrupted, setting))
+  assert code == 2
+  assert err.startswith("error: ") and message in err and err.count("\n") == 1
+  assert files(uninterrupted) == before                   # nothing lost
 
 
 TINY = f"--config={REPO / 'configs' / 'tiny.py'}"
@@ -243,12 +251,12 @@ def test_bad_input_to_generate_and_evaluate(program, args, message, uninterrupte
   assert files(uninterrupted) == before
 
 
-def test_too_many_bad_steps_name_the_step_and_keep_the_batch(corpus, tmp_path):
+def test_too_many_bad_steps_name_the_step_and_keep_the_batch(corpus, tmp_path, one_device):
   """A learning rate that blows up: the run stops by itself, the weights stay finite."""
   workdir = tmp_path / "run"
-  code, _, err = finish(start(arguments(
+  code, _, err = call(train, *arguments(
     corpus, workdir, "optim.lr=1e30", "train.max_bad_steps=2", "train.log_every=1",
-    "optim.clip_norm=0")))
+    "optim.clip_norm=0"))
   assert code == 1
   assert err.count("\n") == 1 and "2 steps in a row up to step" in err
   step = int(err.split("up to step ")[1].split()[0])
