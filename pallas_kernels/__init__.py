@@ -7,6 +7,10 @@ from pallas_kernels.cached_attention.api import (
   cached_sliding_window_attention,
 )
 from pallas_kernels.oracle_attention.api import oracle_attention
+from pallas_kernels.paged_attention.api import (
+  paged_oracle_attention,
+  paged_sparse_layer_attention,
+)
 from pallas_kernels.sliding_window_attention.api import sliding_window_attention
 from pallas_kernels.sparse_layer_attention.api import (
   hybrid_sparse_attention,
@@ -20,6 +24,8 @@ __all__ = [
   "cached_sliding_window_attention",
   "hybrid_sparse_attention",
   "oracle_attention",
+  "paged_oracle_attention",
+  "paged_sparse_layer_attention",
   "plan_blocks",
   "sliding_window_attention",
   "sparse_layer_attention",

@@ -28,10 +28,10 @@ def table():
 
 def dispatch(op):
   """(_AVAILABLE, _BY_PLATFORM) of an op."""
-  cached = op.startswith("cached_")
-  api = importlib.import_module(
-    f"pallas_kernels.{'cached_attention' if cached else op}.api")
-  return (api._AVAILABLE[op], api._BY_PLATFORM[op]) if cached else (
+  kind = op.split("_")[0]
+  several = kind in ("cached", "paged")
+  api = importlib.import_module(f"pallas_kernels.{f'{kind}_attention' if several else op}.api")
+  return (api._AVAILABLE[op], api._BY_PLATFORM[op]) if several else (
     api._AVAILABLE, api._BY_PLATFORM)
 
 
