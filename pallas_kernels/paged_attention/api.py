@@ -45,10 +45,10 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, n
   _check_pages(op, k_pages, v_pages, page_table, lengths, layer, sizes)
   checks.check_heads(op, sizes)
   checks.check_at_least(op, 0, num_blocks=num_blocks)
-  checks.check_scale(op, scale)
+  scale = checks.check_scale(op, scale, sizes)
   run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op])
   return run(q, k_pages, v_pages, page_table, lengths, layer=layer, num_blocks=num_blocks,
-             scale=sizes["H"] ** -0.5 if scale is None else scale)
+             scale=scale)
 
 
 def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table, lengths, k_ring,
@@ -117,11 +117,11 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
       checks.check_shape(op, f"gate_{branch}", gate,
                          "BNE" if gate.shape[-1] != 1 else "BN1", sizes | {"1": 1})
     checks.check_sinks(op, f"sinks_{branch}", sinks, sizes)
-  checks.check_scale(op, scale)
+  scale = checks.check_scale(op, scale, sizes)
   run = implementations.pick(op, implementation, _AVAILABLE[op], _BY_PLATFORM[op])
   return run(q, k_pages, v_pages, block_indices, page_table, lengths, k_ring, v_ring, gate_sparse,
              gate_local, sinks_sparse=sinks_sparse, sinks_local=sinks_local, layer=layer,
-             ring_layer=ring_layer, scale=sizes["H"] ** -0.5 if scale is None else scale)
+             ring_layer=ring_layer, scale=scale)
 
 
 def _check_pages(op, k_pages, v_pages, page_table, lengths, layer, sizes):
