@@ -84,6 +84,8 @@ class TrainStream:
     self._slice = _Slice(data.batch_size, process_index * share, share, data.task_share,
                          open_task_rows(cfg, tokenizer.vocab_size))
     self.num_documents = len(corpus.train)
+    self.warnings = corpus.warnings           # what was left out of the source, a line each
+    self._described = corpus.describe()
     self.tokens_per_epoch = self._rows.tokens.size
     if self.tokens_per_epoch < (data.seq_len if data.packing else 1):
       raise UserError(
@@ -107,6 +109,11 @@ class TrainStream:
   def padding_share(self) -> float:
     """The share of the places in rows of text that hold no token, over one epoch."""
     return self._rows.padding_share
+
+  def describe(self) -> str:
+    """Documents, held-out share, tokens per epoch and padding in one line."""
+    return (f"{self._described}; {self.tokens_per_epoch:,} tokens an epoch, "
+            f"{self.padding_share:.2%} of the places in rows are padding")
 
   def batch(self, step: int) -> Batch:
     """This host's slice of the batch of `step`, [B / process_count, T]."""
