@@ -277,12 +277,12 @@ class ModelConfig(_Checked):
   @property
   def layer_groups(self) -> tuple[LayerGroup, ...]:
     """`layer_kinds` run-length coded: what the stack scans over."""
-    hybrid_blocks = []
+    hybrid_blocks: list[list[str]] = []
     for kind in self.layer_kinds:
       if kind == "full" or not hybrid_blocks:
         hybrid_blocks.append([])
       hybrid_blocks[-1].append(kind)
-    groups = []
+    groups: list[LayerGroup] = []
     for kinds in hybrid_blocks:
       has_full = kinds[0] == "full"
       runs = tuple(LayerRun(kind, len(list(layers)))
@@ -487,7 +487,8 @@ def override(cfg, *assignments: str):
 
 def _override(section, edits):
   kinds = typing.get_type_hints(type(section))
-  changes, inner = {}, {}
+  changes: dict = {}
+  inner: dict[str, list] = {}
   for path, (name, *rest), text in edits:
     if name not in kinds:
       _require(name not in RENAMED or not isinstance(section, ModelConfig),

@@ -383,7 +383,6 @@ def test_default_stream_reads_the_standard_library():
 
 @pytest.mark.parametrize("change, message", [
   ({"seq_len": 160_000}, r"training tokens, less than one row of data\.seq_len=160000"),
-  ({"heldout_fraction": 1e-9}, r"too few documents for a held-out split: 60 for training, 0 held"),
   ({"format": "parquet"}, r"has no parquet file \(\.parquet\)"),
   ({"source": "python_stdlib", "format": "jsonl"}, r"data\.format='jsonl' does not fit"),
   ({"tokenizer": "nowhere.json"}, r"'nowhere\.json', which is not a file"),

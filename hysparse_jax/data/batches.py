@@ -79,7 +79,7 @@ class TrainStream:
     self._workers = data.workers
     self._recipe = _Recipe(_Layout.of(cfg, data.seq_len), data.seed)
     self._rows = self._recipe.rows(*tokenizer.encode_documents(corpus.train))
-    self._folder = None   # of the tokens as files, once worker processes need them
+    self._folder: str | None = None   # of the tokens as files, once worker processes need them
     share = data.batch_size // process_count
     self._slice = _Slice(data.batch_size, process_index * share, share, data.task_share,
                          open_task_rows(cfg, tokenizer.vocab_size))
@@ -160,9 +160,9 @@ class TrainStream:
 
   def _worker_batches(self):
     if self._folder is None:
-      self._folder = tempfile.mkdtemp(prefix="hysparse_tokens_")
-      weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-      self._rows.save(self._folder)
+      folder = self._folder = tempfile.mkdtemp(prefix="hysparse_tokens_")
+      weakref.finalize(self, functools.partial(shutil.rmtree, folder, ignore_errors=True))
+      self._rows.save(folder)
     return _WorkerBatches(self._folder, self._recipe, self._slice)
 
 
@@ -207,16 +207,16 @@ def check_fingerprint(saved: dict[str, str], current: dict[str, str]):
 
 
 class _Slice(NamedTuple):
-  """Rows [first, first + count) of every global batch of `batch_size`."""
+  """Rows [first, first + size) of every global batch of `batch_size`."""
 
   batch_size: int
   first: int
-  count: int
+  size: int
   task_share: float
   tasks: TaskRows | None
 
   def of(self, rows, step) -> Batch:
-    numbers = step * self.batch_size + self.first + np.arange(self.count)
+    numbers = step * self.batch_size + self.first + np.arange(self.size)
     if self.tasks is None:
       return rows.take(shuffled_rows(numbers, rows.per_pass, rows.seed))
     kinds = [split_row(number, self.task_share) for number in numbers.tolist()]
@@ -254,10 +254,11 @@ def _prepare_worker(folder, worker_index, worker_count):
   del worker_index, worker_count
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-  parent = multiprocessing.parent_process().sentinel
+  process = multiprocessing.parent_process()
+  assert process is not None, "a worker has a parent"
 
   def follow_parent():
-    multiprocessing.connection.wait([parent])
+    multiprocessing.connection.wait([process.sentinel])
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 

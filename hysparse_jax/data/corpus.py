@@ -100,7 +100,8 @@ class Corpus:
       raise UserError(
         f"data.source={cfg.source!r} has too little text for a held-out split: {len(documents)} "
         f"documents, {sum(map(len, documents))} bytes; add text")
-    return cls(*split, ends, warnings, left_out.empty, left_out.null)
+    train, heldout, digest = split
+    return cls(train, heldout, digest, ends, warnings, left_out.empty, left_out.null)
 
   def describe(self) -> str:
     """Documents and held-out share in one line, for the start of a run."""
@@ -117,10 +118,11 @@ class Corpus:
 
 def absolute(cfg: DataConfig) -> DataConfig:
   """The same with absolute paths of source and tokenizer, which then mean the same anywhere."""
-  names = {"source": (PYTHON_STDLIB, PYTHON_PACKAGES), "tokenizer": ("byte",)}
-  return dataclasses.replace(cfg, **{
-    name: str(pathlib.Path(getattr(cfg, name)).expanduser().absolute())
-    for name, words in names.items() if getattr(cfg, name) not in words})
+  def of(path, *words):
+    return path if path in words else str(pathlib.Path(path).expanduser().absolute())
+
+  return dataclasses.replace(cfg, source=of(cfg.source, PYTHON_STDLIB, PYTHON_PACKAGES),
+                             tokenizer=of(cfg.tokenizer, "byte"))
 
 
 def _by_hash(documents, fraction):
