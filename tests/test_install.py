@@ -69,6 +69,7 @@ def test_the_wheel_holds_every_module_and_no_general_name(wheel):
 
 IMPORT_ALL = """
 import importlib, pathlib, pkgutil, sys
+from absl import flags
 import hysparse_jax
 assert "jax" not in sys.modules, "importing hysparse_jax imports jax"
 import pallas_kernels
