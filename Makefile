@@ -2,7 +2,7 @@
 # make test         all tests that need no accelerator
 # make test-older   the tests of what can differ on the older stack, for .ci/run on Python 3.11
 # make test-gpu     kernel and whole-model tests on an NVIDIA GPU of compute capability 9.0
-# make lint         ruff
+# make lint         ruff, and mypy over the public modules (pyproject.toml names them)
 # make golden       rewrites the golden config files after a deliberate change
 # Each makes its virtual environment if it is missing. Another interpreter:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -40,6 +40,7 @@ test-gpu: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
+	$(RUN) -m mypy
 
 golden: $(VENV)/.dev
 	JAX_PLATFORMS=cpu $(RUN) -m tests.test_configs

@@ -10,8 +10,9 @@ import json
 
 from absl import flags
 
-from experiments import cli
 from hysparse_jax import accounting
+
+from . import cli
 
 _TOKENS = flags.DEFINE_integer("tokens", None, "Sequence length; default: data.seq_len.")
 _KV_DTYPE = flags.DEFINE_enum("kv_dtype", "bf16", list(accounting.KV_DTYPE_BYTES),

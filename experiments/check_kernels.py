@@ -1,7 +1,7 @@
 """`python -m experiments.check_kernels` is `python -m experiments.bench.check`."""
 
-from experiments import cli
-from experiments.bench import check
+from . import cli
+from .bench import check
 
 if __name__ == "__main__":
   cli.run(check.main)

@@ -11,8 +11,8 @@ from absl import app, flags, logging
 from hysparse_jax import config
 from hysparse_jax.errors import UserError
 
-CONFIG = flags.DEFINE_string("config", None, "Config file, such as configs/tiny.py or "
-                                             "configs/tiny.py:full.")
+CONFIG = flags.DEFINE_string("config", None, "Config file such as configs/mine.py, or the "
+                                             "name of a packaged one: tiny, tiny:full.")
 SET = flags.DEFINE_multi_string("set", [], "Override one field, such as model.window=64; may be "
                                            "given many times, later ones win.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, such as runs/tiny.")
@@ -29,7 +29,7 @@ def load_config() -> config.Config:
   if not CONFIG.value:
     raise UserError("--config is missing; name a config file, such as --config=configs/tiny.py")
   axes = [f"mesh.{part}" for part in MESH.value.split(",")] if MESH.value else []
-  return config.override(config.load(CONFIG.value), *SET.value, *axes)
+  return config.load(CONFIG.value, *SET.value, *axes)
 
 
 def run(main: Callable[[list[str]], None]):

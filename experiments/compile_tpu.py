@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import cli
 from hysparse_jax import config, sharding
 from hysparse_jax.data.batches import Batch
 from hysparse_jax.errors import UserError
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.training import step as train_step
 from pallas_kernels import tpu
+
+from . import cli
 
 STEPS = ("train", "prefill", "decode")
 

@@ -29,7 +29,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli
 from hysparse_jax.config import Config
 from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
@@ -40,6 +39,8 @@ from hysparse_jax.inference.load import load_run
 from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.tasks import text_tasks, token_tasks
 from hysparse_jax.training.heldout import heldout
+
+from . import cli
 
 _TASKS = flags.DEFINE_list("tasks", None, "Of heldout, needle, oracle, ruler, and the recall tasks "
                                           "by name; default: the first three, if the model has "

@@ -18,10 +18,11 @@ import json
 from absl import flags
 from rich.console import Console
 
-from experiments import cli
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference.load import load_run
 from hysparse_jax.inference.sampling import generate_text
+
+from . import cli
 
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Tokens to add at most.")

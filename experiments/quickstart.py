@@ -16,14 +16,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli
-from experiments.evaluate import Settings, evaluate
 from hysparse_jax import accounting, config, plots
 from hysparse_jax.data import batches as data
 from hysparse_jax.inference.load import load_run
 from hysparse_jax.inference.sampling import generate_text
 from hysparse_jax.training import metrics
 from hysparse_jax.training.loop import train
+
+from . import cli
+from .evaluate import Settings, evaluate
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 LONG_TOKENS = 32_768    # where the cache is compared

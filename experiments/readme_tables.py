@@ -14,10 +14,11 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli
-from experiments.reproduce import report as reproduce_report
 from hysparse_jax.errors import UserError
 from pallas_kernels.named_shapes import PAPER
+
+from . import cli
+from .reproduce import report as reproduce_report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"

@@ -7,7 +7,7 @@ import subprocess
 import jax
 from absl import flags
 
-from experiments import cli
+from . import cli
 
 _APPEND = flags.DEFINE_string("append", None, "File to add the rows to, one JSON object a line.")
 _COMMIT = flags.DEFINE_string("commit", None, "Commit to name in the rows; default git's.")

@@ -8,8 +8,9 @@ saves, then exits with 0) or with a larger --set train.steps. The folder holds c
 metrics.jsonl, checkpoints/ and plots/.
 """
 
-from experiments import cli
 from hysparse_jax.training.loop import train
+
+from . import cli
 
 
 def main(argv):

@@ -15,6 +15,7 @@ import types
 import typing
 from typing import Literal
 
+from hysparse_jax import config_files
 from hysparse_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
@@ -276,12 +277,12 @@ class ModelConfig(_Checked):
   @property
   def layer_groups(self) -> tuple[LayerGroup, ...]:
     """`layer_kinds` run-length coded: what the stack scans over."""
-    hybrid_blocks = []
+    hybrid_blocks: list[list[str]] = []
     for kind in self.layer_kinds:
       if kind == "full" or not hybrid_blocks:
         hybrid_blocks.append([])
       hybrid_blocks[-1].append(kind)
-    groups = []
+    groups: list[LayerGroup] = []
     for kinds in hybrid_blocks:
       has_full = kinds[0] == "full"
       runs = tuple(LayerRun(kind, len(list(layers)))
@@ -437,18 +438,16 @@ class Config(_Checked):
              "data.seq_len a multiple of it, or set data.align_documents=False")
 
 
-def load(path: str) -> Config:
-  """Runs `get_config` of a config file: `"configs/tiny.py"` or `"configs/tiny.py:full"`.
+def load(path: str | pathlib.Path, *assignments: str) -> Config:
+  """Runs `get_config` of a file (`"mine.py:arg"`) or packaged config (`"tiny"`) and `override`s.
 
   Raises:
     UserError: no such file, no `get_config`, or a config that fails its checks.
   """
-  filename, _, arg = path.partition(":")
-  file = pathlib.Path(filename)
-  if not file.is_file():
-    near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UserError(f"no config file {filename}{hint}")
+  filename, _, arg = str(path).partition(":")
+  file = config_files.find(filename)
+  if file is None:
+    raise UserError(f"no config file {filename}{config_files.hint(filename)}")
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   if spec is None or spec.loader is None:
     raise UserError(f"{filename} is not a Python file; give a config such as configs/tiny.py")
@@ -467,7 +466,7 @@ def load(path: str) -> Config:
     raise UserError(f"{filename}: {error}{moved}") from error
   _require(isinstance(cfg, Config), f"{filename}: get_config returned {type(cfg).__name__}, "
                                     "not hysparse_jax.config.Config")
-  return cfg
+  return override(cfg, *assignments)
 
 
 def override(cfg, *assignments: str):
@@ -488,7 +487,8 @@ def override(cfg, *assignments: str):
 
 def _override(section, edits):
   kinds = typing.get_type_hints(type(section))
-  changes, inner = {}, {}
+  changes: dict = {}
+  inner: dict[str, list] = {}
   for path, (name, *rest), text in edits:
     if name not in kinds:
       _require(name not in RENAMED or not isinstance(section, ModelConfig),

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
 
@@ -9,7 +10,8 @@ import pytest
 
 from hysparse_jax.config import DataConfig
 from hysparse_jax.data import corpus
-from hysparse_jax.data.corpus import Corpus
+from hysparse_jax.data.corpus import Corpus, absolute
+from hysparse_jax.data.files import LeftOut
 from hysparse_jax.errors import UserError
 from tests.corpora import (
   DOCUMENTS,
@@ -97,6 +99,126 @@ def test_a_text_file_alone_is_cut_at_line_ends(cfg, tmp_path):
   assert all(piece.endswith(b"\n") and 16384 <= len(piece) < 16410 for piece in pieces[:-1])
 
 
+# Own data
+
+
+def open_folder(folder, **changes):
+  return Corpus.open(DataConfig(source=str(folder), **changes))
+
+
+def test_three_files_have_their_ends_held_out(tmp_path):
+  texts = ["".join(f"{name} line {i} \u00fc\n" for i in range(500)) for name in "abc"]
+  found = open_folder(write_folder(tmp_path / "texts", texts))
+  assert found.ends and len(found.train) == len(found.heldout) == 3
+  for text, start, end in zip(texts, found.train, found.heldout):
+    assert (start + end).decode() == text
+    assert start.endswith(b"\n") and 0.02 < len(end) / len(text.encode()) <= 0.05
+  assert found == open_folder(write_folder(tmp_path / "again", texts))
+  assert "3 documents, held out the ends of them, 4." in found.describe()
+  assert open_folder(tmp_path / "texts", heldout_fraction=0.2).heldout != found.heldout
+
+
+@pytest.mark.parametrize("text", [
+  "word " * 200, "x" * 1000, "\u00fc\u4f60" * 300, "ab\n" + "x" * 500])
+def test_an_end_is_cut_between_characters(text, tmp_path):
+  found = open_folder(write_folder(tmp_path / "texts", [text]))
+  (start,), (end,) = found.train, found.heldout
+  assert (start.decode() + end.decode()) == text and len(end) >= 16
+
+
+def test_documents_that_hashes_can_split_are_not_cut(cfg):
+  assert not Corpus.open(cfg).ends
+
+
+def test_one_long_line_becomes_documents(tmp_path):
+  text = b"".join(b"anarchism originated as term %d " % i for i in range(15_000))   # 525 kB
+  path = _file(tmp_path, "text8", text)
+  found = open_folder(path, format="text")
+  assert len(found.train) + len(found.heldout) >= 20 and len(found.heldout) >= 1
+  assert not found.ends
+  pieces = list(corpus._pieces(text, long_lines=True))
+  assert b"".join(pieces) == text and {*found.train, *found.heldout} == set(pieces)
+  assert all(piece.endswith(b" ") and len(piece) < 16_500 for piece in pieces[:-1])
+  assert len(pieces[-1]) < 33_000
+  assert list(corpus._pieces(text)) == [text]     # elsewhere long lines stay whole, as they were
+
+
+def test_what_cannot_be_read_is_named_once(tmp_path):
+  folder = write_folder(tmp_path / "texts")
+  want = open_folder(folder)
+  for name, content in (("a.csv", b"1,2"), ("b.csv", b"1,2"), ("sub/c.png", b"\x89"),
+                        ("latin.txt", b"caf\xe9")):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+  _pipe(folder / "pipe.txt")
+  (folder / "gone.txt").symlink_to("nowhere")
+  (folder / "linked").symlink_to(tmp_path)
+  found = open_folder(folder)
+  assert found == want and not want.warnings
+  text = "\n".join(found.warnings)
+  assert "3 files of unknown format (.csv .png; known: .txt" in text
+  assert "a.csv, b.csv, sub/c.png" in text
+  assert "not UTF-8 text: latin.txt" in text and "not followed: linked" in text
+  assert "gone.txt (dangling link), pipe.txt (no regular file)" in text
+  assert all(text.count(name) == 1 for name in ("a.csv", "latin.txt", "pipe.txt", "gone.txt"))
+
+
+def test_an_unreadable_subfolder_or_file_is_named(tmp_path, monkeypatch):
+  folder = write_folder(tmp_path / "texts")
+  (folder / "closed").mkdir()
+  (folder / "closed" / "x.txt").write_text("never read")
+  scandir, access = os.scandir, os.access
+
+  def refuse(path):
+    if str(path).endswith("closed"):
+      raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("007.txt")
+                      and access(path, mode))
+  (line,) = open_folder(folder).warnings
+  assert "left out 2 unreadable: closed (Permission denied), 007.txt (Permission denied)" in line
+
+
+def test_documentation_beside_data_is_no_data(tmp_path):
+  folder = tmp_path / "downloaded"
+  (folder / "data").mkdir(parents=True)
+  write_parquet(folder / "data" / "train.parquet")
+  want = open_folder(folder)
+  for name in ("README.md", ".gitattributes", "LICENSE", "dataset_card.md"):
+    (folder / name).write_text("about the data " * 50)
+  found = open_folder(folder)
+  assert found == want
+  (line,) = found.warnings
+  assert line.endswith("documentation beside data: LICENSE, README.md, dataset_card.md")
+  (folder / "license.py").write_text("x = 1 # code")
+  assert len(open_folder(folder).train + open_folder(folder).heldout) == len(DOCUMENTS) + 1
+  only_text = write_folder(tmp_path / "texts")
+  (only_text / "README.md").write_text("a document like the others")
+  assert not open_folder(only_text).warnings
+
+
+def test_null_texts_are_left_out_and_counted_like_empty_ones(tmp_path):
+  want = open_folder(write_jsonl(tmp_path / "a.jsonl"))
+  with_nulls = [*DOCUMENTS[:5], None, "", *DOCUMENTS[5:], None]
+  for source in (write_jsonl(tmp_path / "b.jsonl", with_nulls),
+                 write_parquet(tmp_path / "b.parquet", with_nulls)):
+    found = open_folder(source)
+    assert found == want and (found.num_null, found.num_empty) == (2, 1)
+    assert "60 documents (1 empty and 2 null left out)" in found.describe()
+
+
+def test_paths_of_the_data_are_made_absolute(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  made = absolute(DataConfig(source="texts", tokenizer="tokenizer.json"))
+  assert made.source == str(tmp_path / "texts")
+  assert made.tokenizer == str(tmp_path / "tokenizer.json")
+  assert absolute(made) == made and absolute(DataConfig()) == DataConfig()
+  with pytest.raises(UserError, match=f"'texts' does not exist in {tmp_path}"):
+    open_folder("texts")
+
+
 # Bad input
 
 
@@ -118,15 +240,26 @@ def _truncated(path):
   return path
 
 
+def _pipe(path):
+  os.mkfifo(path)
+  return path
+
+
+def pa_text(values):
+  return pytest.importorskip("pyarrow").array(values, "string")
+
+
 GOOD = '{"text": "a"}\n'
 LONG = ["some text " * 50 + str(i) for i in range(60)]
 BAD_SOURCES = {
   "missing": (lambda d: d / "nowhere", r"nowhere' does not exist; give a file"),
   "empty folder": (lambda d: d, r"holds no text"),
   "empty file": (lambda d: _file(d, "a.txt", ""), r"holds no text"),
-  "one document": (lambda d: _file(d, "a.txt", "words " * 99), r"too few documents.*1 for"),
+  "little text": (lambda d: _file(d, "a.txt", "words " * 9), r"too little text.*1 documents, 54 b"),
   "unknown extension": (lambda d: _file(d, "a.xyz", "words"), r"a\.xyz.*extension '\.xyz'"),
-  "unknown in folder": (lambda d: _file(d, "a.csv", "words").parent, r"a\.csv.*'\.csv'"),
+  "unknown in folder": (lambda d: _file(d, "a.csv", "words").parent, r"no text.*\(\.csv;.*a\.csv"),
+  "latin-1 folder": (lambda d: _file(d, "a.txt", b"caf\xe9").parent, r"not UTF-8 text: a\.txt"),
+  "pipe": (lambda d: _pipe(d / "a.txt"), r"a\.txt' is a pipe or a device; give a file"),
   "not utf-8": (lambda d: _file(d, "a.txt", b"abc\xffdef"), r"a\.txt: not UTF-8 .* byte 3"),
   "not json": (lambda d: _file(d, "a.jsonl", GOOD + "\n{'text'\n"), r"a\.jsonl: line 3: not valid"),
   "json bytes": (lambda d: _file(d, "a.jsonl", b'{"text": "\xff"}'), r"line 1: not valid JSON"),
@@ -136,7 +269,8 @@ BAD_SOURCES = {
                  r"line 1: no field 'text' \(fields: body\)"),
   "json type": (lambda d: _file(d, "a.jsonl", GOOD + '{"text": 3}'),
                 r"line 2: field 'text' is int"),
-  "json null": (lambda d: _file(d, "a.jsonl", '{"text": null}'), r"line 1: .* is NoneType"),
+  "json null": (lambda d: _file(d, "a.jsonl", '{"text": null}'),
+                r"no text; 1 records whose 'text' is null"),
   "surrogate": (lambda d: _file(d, "a.jsonl", r'{"text": "\ud800"}'), r"line 1: .*surrogate"),
   "parquet garbage": (lambda d: _file(d, "a.parquet", "PAR1?"), r"a\.parquet: damaged or not parq"),
   "parquet cut": (lambda d: _truncated(write_parquet(d / "a.parquet")), r"a\.parquet: damaged"),
@@ -144,8 +278,8 @@ BAD_SOURCES = {
                    r"a\.parquet: damaged.*CRC"),
   "parquet column": (lambda d: write_parquet(d / "a.parquet", field="body"),
                      r"no column 'text' \(columns: id, body\)"),
-  "parquet null": (lambda d: write_parquet(d / "a.parquet", ["a", None]),
-                   r"row 2: field 'text' is NoneType"),
+  "parquet null": (lambda d: write_parquet(d / "a.parquet", pa_text([None, None])),
+                   r"no text; 2 records"),
   "parquet empty": (lambda d: write_parquet(d / "a.parquet", []), r"holds no text"),
   "arrayrecord garbage": (lambda d: _file(d, "a.arrayrecord", "x" * 10**5),
                           r"a\.arrayrecord: damaged or not ArrayRecord"),
@@ -187,7 +321,7 @@ def test_python_packages_are_the_sources_beside_the_library(tmp_path, monkeypatc
     (tmp_path / name).write_bytes(text)
   monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path / "a"))
   monkeypatch.setattr(corpus.site, "getsitepackages", lambda: [str(tmp_path / "b")])
-  found = list(corpus._documents(DataConfig(source="python_packages")))
+  found = list(corpus._documents(DataConfig(source="python_packages"), LeftOut()))
   assert found == [b"x = 1\n", b"y = 2\n"]
   with pytest.raises(UserError, match="does not fit data.source='python_packages'"):
-    list(corpus._documents(DataConfig(source="python_packages", format="jsonl")))
+    list(corpus._documents(DataConfig(source="python_packages", format="jsonl"), LeftOut()))

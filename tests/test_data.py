@@ -383,7 +383,6 @@ def test_default_stream_reads_the_standard_library():
 
 @pytest.mark.parametrize("change, message", [
   ({"seq_len": 160_000}, r"training tokens, less than one row of data\.seq_len=160000"),
-  ({"heldout_fraction": 1e-9}, r"too few documents for a held-out split: 60 for training, 0 held"),
   ({"format": "parquet"}, r"has no parquet file \(\.parquet\)"),
   ({"source": "python_stdlib", "format": "jsonl"}, r"data\.format='jsonl' does not fit"),
   ({"tokenizer": "nowhere.json"}, r"'nowhere\.json', which is not a file"),
@@ -411,3 +410,13 @@ def test_heldout_rows_do_not_depend_on_the_size_of_a_batch(cfg):
                                                    for batches in (whole, parts))):
     np.testing.assert_array_equal(got, want[:len(got)], err_msg=name)
     assert not want[len(got):].any()
+
+
+def test_the_start_up_line_has_documents_tokens_and_the_held_out_share(tmp_path):
+  folder = write_folder(tmp_path / "texts")
+  stream = data.TrainStream(Config(data=DataConfig(source=str(folder), seq_len=64,
+                                                   heldout_fraction=0.15)))
+  line = stream.describe()
+  held = 60 - stream.num_documents
+  assert f"60 documents, {held} of them held out, " in line and "% of the text" in line
+  assert f"; {stream.tokens_per_epoch:,} tokens an epoch" in line

@@ -68,3 +68,12 @@ def test_a_folder_from_before_documents_were_aligned_packs_as_it_did(workdir):
   old = run.read_config(workdir)
   assert not old.data.align_documents
   assert old == dataclasses.replace(tiny_moe(), data=old.data)
+
+
+def test_a_relative_source_is_stored_absolute(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  cfg = config.override(config.load("tiny"), "data.source=texts", "data.tokenizer=t.json")
+  run.write_config(tmp_path, cfg)
+  monkeypatch.chdir("/")
+  stored = run.read_config(tmp_path).data
+  assert (stored.source, stored.tokenizer) == (str(tmp_path / "texts"), str(tmp_path / "t.json"))

@@ -18,7 +18,6 @@ import numpy as np
 from absl import flags
 
 import pallas_kernels
-from experiments import cli
 from hysparse_jax.errors import UserError
 from pallas_kernels.named_shapes import AttentionShape
 from pallas_kernels.oracle_attention.reference import pad_keys
@@ -28,6 +27,8 @@ from pallas_kernels.reference.masked_attention import (
   causal_mask,
   masked_attention,
 )
+
+from .. import cli
 
 SHAPES = {
   "g4": AttentionShape(tokens=1000, num_heads=8, num_kv_heads=2, head_dim=128, num_blocks=8),

@@ -24,10 +24,11 @@ import numpy as np
 from absl import flags
 
 import pallas_kernels
-from experiments import cli, rows
 from hysparse_jax.errors import UserError
 from pallas_kernels.paged_attention.api import PAGE_TOKENS
 from pallas_kernels.paged_attention.shapes import SHAPES
+
+from .. import cli, rows
 
 OPS = ("full", "sparse")
 

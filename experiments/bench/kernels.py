@@ -22,10 +22,11 @@ import numpy as np
 from absl import flags
 
 import pallas_kernels
-from experiments import cli, rows
-from experiments.bench import selections
 from hysparse_jax.errors import UserError
 from pallas_kernels import named_shapes, tpu
+
+from .. import cli, rows
+from . import selections
 
 OPS = ("oracle_attention", "block_sparse_attention", "sliding_window_attention",
        "hybrid_sparse_attention", "index_plan")
@@ -92,7 +93,7 @@ def dense(platform, shape):
   if platform == "gpu":
     return lambda arrays, _: (jax.nn.dot_product_attention(
       *arrays[:3], is_causal=True, implementation="cudnn"), ())
-  from experiments.bench import splash  # TPU kernels, slow to import
+  from . import splash  # TPU kernels, slow to import
 
   kernel = splash.causal_attention(shape)
   return lambda arrays, _: (
@@ -191,8 +192,8 @@ def count(op, shape_name, generation, which, peers):
 
   peers: {(op, shape, generation, pass): row} counted so far; grows.
   """
-  from experiments.tpu_static import cost as tpu_cost
-  from experiments.tpu_static import sparse_cost as tpu_sparse_cost
+  from ..tpu_static import cost as tpu_cost
+  from ..tpu_static import sparse_cost as tpu_sparse_cost
 
   if (op, which) == ("hybrid_sparse_attention", "bwd"):
     return                  # the backward kernels of the two ops before it, which have their rows

@@ -25,11 +25,12 @@ import numpy as np
 from absl import flags
 from jax.profiler import ProfileData
 
-from experiments import cli, rows
 from hysparse_jax import accounting, sharding
 from hysparse_jax.data.batches import Batch
 from hysparse_jax.errors import UserError
 from hysparse_jax.training import step as train_step
+
+from .. import cli, rows
 
 # Of the files of Python 3.11's standard library without tests: the median is 6.9 kB, or 2,000
 # tokens of 3.5 bytes, and the logarithm's standard deviation 1.6.

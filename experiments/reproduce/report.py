@@ -5,12 +5,13 @@ import pathlib
 
 import numpy as np
 
-from experiments.reproduce import plan as reproduce_plan
-from experiments.reproduce import verdicts
-from experiments.reproduce.plan import ABLATIONS, HEADLINE, MODELS, Preset
-from experiments.reproduce.verdicts import BITS, CLAIMS, RECALL
 from hysparse_jax import plots
 from hysparse_jax.evals.recall import DEPTH_BINS
+
+from . import plan as reproduce_plan
+from . import verdicts
+from .plan import ABLATIONS, HEADLINE, MODELS, Preset
+from .verdicts import BITS, CLAIMS, RECALL
 
 SHOWN = (*HEADLINE, *ABLATIONS, "hysparse_m3", "swa_m3")    # where not every model has room
 

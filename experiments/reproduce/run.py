@@ -27,11 +27,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, rows
-from experiments.reproduce import mechanism
-from experiments.reproduce import plan as reproduce_plan
-from experiments.reproduce import report as reproduce_report
-from experiments.reproduce.plan import Piece, Preset, Run
 from hysparse_jax import accounting, config
 from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
@@ -40,6 +35,12 @@ from hysparse_jax.inference.load import load_run
 from hysparse_jax.tasks import token_tasks
 from hysparse_jax.training import metrics, run
 from hysparse_jax.training.loop import train
+
+from .. import cli, rows
+from . import mechanism
+from . import plan as reproduce_plan
+from . import report as reproduce_report
+from .plan import Piece, Preset, Run
 
 _PRESET = flags.DEFINE_string("preset", None, "smoke or h200.")
 _PIECE = flags.DEFINE_list("piece", None, "Numbers of the pieces to run, such as 3,4; see --list.")

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import splash
 from pallas_kernels.block_sparse_attention.tpu import op as sparse_tpu
 from pallas_kernels.oracle_attention.tpu import op as oracle_tpu
 from pallas_kernels.sliding_window_attention.tpu import op as window_tpu
 from pallas_kernels.sparse_layer_attention.tpu import op as layer_tpu
+
+from ..bench import splash
 
 
 def _qkv(shape, dtype):

@@ -10,13 +10,14 @@ the larger.
 import dataclasses
 import functools
 
-from experiments.tpu_static import cases as tpu_cases
-from experiments.tpu_static import count as tpu_static
 from pallas_kernels import tpu
 from pallas_kernels.causal_attention_tpu import block_topk
 from pallas_kernels.causal_attention_tpu import forward as forward_kernel
 from pallas_kernels.causal_attention_tpu import tiles as tpu_attention
 from pallas_kernels.named_shapes import PAPER
+
+from . import cases as tpu_cases
+from . import count as tpu_static
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import selections
-from experiments.tpu_static import cases as tpu_cases
-from experiments.tpu_static import count as tpu_static
 from pallas_kernels import tpu
 from pallas_kernels.block_sparse_attention.tpu import op as mosaic_tpu
 from pallas_kernels.block_sparse_attention.tpu import plan as tpu_plan
 from pallas_kernels.named_shapes import PAPER
 from pallas_kernels.sparse_layer_attention.tpu import op as layer_tpu
+
+from ..bench import selections
+from . import cases as tpu_cases
+from . import count as tpu_static
 
 _KERNELS = {"fwd": ("block_sparse_forward", 2), "bwd": ("block_sparse_backward", 5)}
 

@@ -79,11 +79,13 @@ class TrainStream:
     self._workers = data.workers
     self._recipe = _Recipe(_Layout.of(cfg, data.seq_len), data.seed)
     self._rows = self._recipe.rows(*tokenizer.encode_documents(corpus.train))
-    self._folder = None   # of the tokens as files, once worker processes need them
+    self._folder: str | None = None   # of the tokens as files, once worker processes need them
     share = data.batch_size // process_count
     self._slice = _Slice(data.batch_size, process_index * share, share, data.task_share,
                          open_task_rows(cfg, tokenizer.vocab_size))
     self.num_documents = len(corpus.train)
+    self.warnings = corpus.warnings           # what was left out of the source, a line each
+    self._described = corpus.describe()
     self.tokens_per_epoch = self._rows.tokens.size
     if self.tokens_per_epoch < (data.seq_len if data.packing else 1):
       raise UserError(
@@ -107,6 +109,11 @@ class TrainStream:
   def padding_share(self) -> float:
     """The share of the places in rows of text that hold no token, over one epoch."""
     return self._rows.padding_share
+
+  def describe(self) -> str:
+    """Documents, held-out share, tokens per epoch and padding in one line."""
+    return (f"{self._described}; {self.tokens_per_epoch:,} tokens an epoch, "
+            f"{self.padding_share:.2%} of the places in rows are padding")
 
   def batch(self, step: int) -> Batch:
     """This host's slice of the batch of `step`, [B / process_count, T]."""
@@ -153,9 +160,9 @@ class TrainStream:
 
   def _worker_batches(self):
     if self._folder is None:
-      self._folder = tempfile.mkdtemp(prefix="hysparse_tokens_")
-      weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-      self._rows.save(self._folder)
+      folder = self._folder = tempfile.mkdtemp(prefix="hysparse_tokens_")
+      weakref.finalize(self, functools.partial(shutil.rmtree, folder, ignore_errors=True))
+      self._rows.save(folder)
     return _WorkerBatches(self._folder, self._recipe, self._slice)
 
 
@@ -200,16 +207,16 @@ def check_fingerprint(saved: dict[str, str], current: dict[str, str]):
 
 
 class _Slice(NamedTuple):
-  """Rows [first, first + count) of every global batch of `batch_size`."""
+  """Rows [first, first + size) of every global batch of `batch_size`."""
 
   batch_size: int
   first: int
-  count: int
+  size: int
   task_share: float
   tasks: TaskRows | None
 
   def of(self, rows, step) -> Batch:
-    numbers = step * self.batch_size + self.first + np.arange(self.count)
+    numbers = step * self.batch_size + self.first + np.arange(self.size)
     if self.tasks is None:
       return rows.take(shuffled_rows(numbers, rows.per_pass, rows.seed))
     kinds = [split_row(number, self.task_share) for number in numbers.tolist()]
@@ -247,10 +254,11 @@ def _prepare_worker(folder, worker_index, worker_count):
   del worker_index, worker_count
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-  parent = multiprocessing.parent_process().sentinel
+  process = multiprocessing.parent_process()
+  assert process is not None, "a worker has a parent"
 
   def follow_parent():
-    multiprocessing.connection.wait([parent])
+    multiprocessing.connection.wait([process.sentinel])
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 

@@ -12,47 +12,53 @@
 `"python_stdlib"` is the standard library of the running interpreter, one .py file a document;
 `"python_packages"` are the packages installed beside it.
 A folder is read in the order of its relative paths, hidden files and `__pycache__` aside; under
-`format="auto"` it may mix formats, a named format keeps only the files of its extensions.
-Text is UTF-8 and kept byte for byte. Empty documents are left out.
+`format="auto"` it may mix formats, a named format keeps only the files of its extensions. What
+cannot be read there is left out and named (`files.py`). Text is UTF-8 and kept byte for byte. Empty
+documents and records whose text is null are left out and counted.
+
+Too few documents for a split by hashes: a text file given alone is cut within long lines too, at
+spaces; where that does not help, the end of every document is held out.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import site
 import sysconfig
 from collections.abc import Iterator
 
 from hysparse_jax.config import DataConfig
+from hysparse_jax.data import files
 from hysparse_jax.errors import UserError
 
 PYTHON_STDLIB = "python_stdlib"
 PYTHON_PACKAGES = "python_packages"
-_EXTENSIONS = {
-  ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".parquet": "parquet",
-  ".arrayrecord": "arrayrecord", ".array_record": "arrayrecord",
-}
-_SKIPPED_FOLDERS = {"__pycache__"}
 _INSTALLED_FOLDERS = {"site-packages", "dist-packages"}
 _LONE_FILE_PIECE = 16 * 1024   # bytes
+_SHORTEST_END = 32             # bytes of a document's held-out end, at least
 _RECORDS_PER_READ = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The documents of a source as UTF-8 bytes, split by a hash of their content alone.
+  """The documents of a source as UTF-8 bytes, split by their content alone.
 
   A document is held out iff the first 8 bytes of its SHA-256, as a fraction of 2**64, are below
   `heldout_fraction`: the same on every machine, whatever the path, the order and the seed, and
-  equal documents fall on the same side. `digest` covers every document and their order.
+  equal documents fall on the same side. Where that leaves one side empty, the last
+  `heldout_fraction` of every document is held out instead. `digest` covers every document (of
+  those cut, both parts) and their order.
   """
 
   train: tuple[bytes, ...]      # in source order
-  heldout: tuple[bytes, ...]    # in the order of their hashes
+  heldout: tuple[bytes, ...]    # in the order of their hashes; ends of documents in source order
   digest: str
+  ends: bool = False            # held out are the ends of documents
+  warnings: tuple[str, ...] = dataclasses.field(default=(), compare=False)   # what was left out
+  num_empty: int = dataclasses.field(default=0, compare=False)   # documents without text, left out
+  num_null: int = dataclasses.field(default=0, compare=False)    # records whose text is null
 
   @classmethod
   def open(cls, cfg: DataConfig) -> "Corpus":
@@ -60,7 +66,7 @@ class Corpus:
 
     Raises:
       UserError: nothing there, a damaged or undecodable file (named, with its line or record),
-        a record without `cfg.text_field`, or too few documents for both sides of the split.
+        a record without `cfg.text_field`, or too little text for both sides of the split.
     """
     if cfg.source in (PYTHON_STDLIB, PYTHON_PACKAGES):     # they do not change while Python runs
       return _read_installed(DataConfig(source=cfg.source, format=cfg.format,
@@ -69,25 +75,98 @@ class Corpus:
 
   @classmethod
   def _read(cls, cfg: DataConfig) -> "Corpus":
-    total, train, heldout = hashlib.sha256(), [], []
-    threshold = int(cfg.heldout_fraction * 2**64)
-    for document in _documents(cfg):
+    left_out = files.LeftOut()
+    documents = []
+    for document in _documents(cfg, left_out):
       if document:
-        digest = hashlib.sha256(document).digest()
-        total.update(digest)
-        if int.from_bytes(digest[:8], "big") < threshold:
-          heldout.append((digest, document))
-        else:
-          train.append(document)
-    if not train and not heldout:
-      raise UserError(f"data.source={cfg.source!r} holds no text; give a file or folder that does")
-    if not train or not heldout:
+        documents.append(document)
+      elif document is None:
+        left_out.null += 1
+      else:
+        left_out.empty += 1
+    warnings = left_out.warnings(cfg.source)
+    if not documents:
+      nulls = (f"{left_out.null} records whose {cfg.text_field!r} is null",) * bool(left_out.null)
+      raise UserError("; ".join([f"data.source={cfg.source!r} holds no text", *warnings, *nulls,
+                                 "give a file or folder that does"]))
+    split = _by_hash(documents, cfg.heldout_fraction)
+    if not all(split[:2]) and _is_lone_text(cfg):
+      documents = [piece for document in documents for piece in _pieces(document, long_lines=True)]
+      split = _by_hash(documents, cfg.heldout_fraction)
+    ends = not all(split[:2])
+    if ends:
+      split = _by_ends(documents, cfg.heldout_fraction)
+    if not all(split[:2]):
       raise UserError(
-        f"data.source={cfg.source!r} has too few documents for a held-out split: {len(train)} for "
-        f"training, {len(heldout)} held out at data.heldout_fraction={cfg.heldout_fraction}; "
-        "add documents or change the fraction")
-    heldout.sort(key=lambda pair: pair[0])
-    return cls(tuple(train), tuple(document for _, document in heldout), total.hexdigest())
+        f"data.source={cfg.source!r} has too little text for a held-out split: {len(documents)} "
+        f"documents, {sum(map(len, documents))} bytes; add text")
+    train, heldout, digest = split
+    return cls(train, heldout, digest, ends, warnings, left_out.empty, left_out.null)
+
+  def describe(self) -> str:
+    """Documents and held-out share in one line, for the start of a run."""
+    held, trained = (sum(map(len, side)) for side in (self.heldout, self.train))
+    left = [f"{count:,} {kind}" for count, kind in ((self.num_empty, "empty"),
+                                                    (self.num_null, "null")) if count]
+    out = f" ({' and '.join(left)} left out)" if left else ""
+    share = f"{held / (held + trained):.2%} of the text"
+    if self.ends:
+      return f"{len(self.train):,} documents{out}, held out the ends of them, {share}"
+    return (f"{len(self.train) + len(self.heldout):,} documents{out}, {len(self.heldout):,} of "
+            f"them held out, {share}")
+
+
+def absolute(cfg: DataConfig) -> DataConfig:
+  """The same with absolute paths of source and tokenizer, which then mean the same anywhere."""
+  def of(path, *words):
+    return path if path in words else str(pathlib.Path(path).expanduser().absolute())
+
+  return dataclasses.replace(cfg, source=of(cfg.source, PYTHON_STDLIB, PYTHON_PACKAGES),
+                             tokenizer=of(cfg.tokenizer, "byte"))
+
+
+def _by_hash(documents, fraction):
+  """Training documents, held-out documents and the digest of all."""
+  total, train, heldout = hashlib.sha256(), [], []
+  threshold = int(fraction * 2**64)
+  for document in documents:
+    digest = hashlib.sha256(document).digest()
+    total.update(digest)
+    if int.from_bytes(digest[:8], "big") < threshold:
+      heldout.append((digest, document))
+    else:
+      train.append(document)
+  heldout.sort(key=lambda pair: pair[0])
+  return tuple(train), tuple(document for _, document in heldout), total.hexdigest()
+
+
+def _by_ends(documents, fraction):
+  """The same, of documents too few to be told apart by hashes: the last part of each is held out.
+
+  The cut is at the first line end in the part's first half, else after a space, else between two
+  characters. Of documents shorter than two such parts of `_SHORTEST_END` nothing is held out.
+  """
+  total, train, heldout = hashlib.sha256(), [], []
+  for document in documents:
+    size, cut = max(round(fraction * len(document)), _SHORTEST_END), len(document)
+    if 2 * size <= len(document):
+      cut = _cut(document, len(document) - size, len(document) - size // 2)
+      heldout.append(document[cut:])
+    train.append(document[:cut])
+    for part in (document[:cut], document[cut:]):
+      total.update(hashlib.sha256(part).digest())
+  return tuple(train), tuple(heldout), total.hexdigest()
+
+
+def _cut(data: bytes, first: int, last: int) -> int:
+  """A place in [first, last], after a line end, else a space, else before a character."""
+  for mark in (b"\n", b" "):
+    place = data.find(mark, first - 1, last)
+    if place >= 0:
+      return place + 1
+  while data[first] & 0xC0 == 0x80:   # inside a character
+    first += 1
+  return first
 
 
 @functools.lru_cache(maxsize=1)
@@ -95,31 +174,45 @@ def _read_installed(cfg) -> Corpus:
   return Corpus._read(cfg)
 
 
-def _documents(cfg) -> Iterator[bytes]:
+def _is_lone_text(cfg) -> bool:
+  path = pathlib.Path(cfg.source).expanduser()
+  return path.is_file() and "text" in (cfg.format, files.EXTENSIONS.get(path.suffix.lower()))
+
+
+def _documents(cfg, left_out) -> Iterator[bytes | None]:
+  """Every document, empty ones too; None for a record whose text is null."""
   if cfg.source in (PYTHON_STDLIB, PYTHON_PACKAGES):
     if cfg.format not in ("auto", "text"):
       raise UserError(f"data.format={cfg.format!r} does not fit data.source={cfg.source!r}; "
                       "leave it at 'auto'")
     if cfg.source == PYTHON_STDLIB:
       yield from _python_sources([sysconfig.get_path("stdlib")],
-                                 _SKIPPED_FOLDERS | _INSTALLED_FOLDERS)
+                                 files.SKIPPED_FOLDERS | _INSTALLED_FOLDERS)
     else:
       yield from _python_sources([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"),
-                                  *site.getsitepackages()], _SKIPPED_FOLDERS)
+                                  *site.getsitepackages()], files.SKIPPED_FOLDERS)
     return
   path = pathlib.Path(cfg.source).expanduser()
   try:
     if path.is_dir():
-      for file, kind in _files(path, cfg.format):
-        yield from _READERS[kind](file, cfg.text_field)
-    elif path.exists():
-      kind = _kind(path) if cfg.format == "auto" else cfg.format
+      for file, kind in files.of_folder(path, cfg.format, left_out):
+        if kind != "text":
+          yield from _READERS[kind](file, cfg.text_field)
+        elif _is_utf8(data := file.read_bytes()):
+          yield data
+        else:
+          left_out.add("files that are not UTF-8 text", file.relative_to(path).as_posix())
+    elif path.is_file():
+      kind = files.kind_of(path) if cfg.format == "auto" else cfg.format
       if kind == "text":
         yield from _pieces(_utf8(path.read_bytes(), path))
       else:
         yield from _READERS[kind](path, cfg.text_field)
+    elif path.exists():
+      raise UserError(f"data.source={cfg.source!r} is a pipe or a device; give a file or a folder")
     else:
-      raise UserError(f"data.source={cfg.source!r} does not exist; give a file, a folder, "
+      where = "" if path.is_absolute() else f" in {pathlib.Path.cwd()}"
+      raise UserError(f"data.source={cfg.source!r} does not exist{where}; give a file, a folder, "
                       f"{PYTHON_STDLIB!r} or {PYTHON_PACKAGES!r}")
   except OSError as error:
     raise UserError(f"data.source={cfg.source!r}: {error}; check that it can be read") from error
@@ -127,62 +220,30 @@ def _documents(cfg) -> Iterator[bytes]:
 
 def _python_sources(folders, skipped) -> Iterator[bytes]:
   folders = list(dict.fromkeys(pathlib.Path(folder).resolve() for folder in folders))
-  files = [file for folder in folders for file in _walk(folder, skipped) if file.suffix == ".py"]
-  if not files:
+  sources = [file for folder in folders if folder.is_dir()
+             for file in files.walk(folder, skipped, files.LeftOut()) if file.suffix == ".py"]
+  if not sources:
     raise UserError(f"this Python keeps no .py files in {', '.join(map(str, folders))}; set "
                     "data.source to a file or folder of text")
-  for file in files:
+  for file in sources:
     data = file.read_bytes()
     if _is_utf8(data):   # tests of source encodings are among them
       yield data
 
 
-def _walk(folder, skipped) -> list[pathlib.Path]:
-  """Every visible file under `folder`, in the order of relative paths; links are not followed."""
-  found = []
-  for parent, folders, names in os.walk(folder):
-    folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-    found += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
-  return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _files(folder, wanted) -> list[tuple[pathlib.Path, str]]:
-  files = _walk(folder, _SKIPPED_FOLDERS)
-  if wanted == "auto":
-    return [(file, _kind(file)) for file in files]
-  files = [file for file in files if _EXTENSIONS.get(file.suffix.lower()) == wanted]
-  if not files:
-    raise UserError(f"data.source={str(folder)!r} has no {wanted} file "
-                    f"({' '.join(_extensions(wanted))}); set data.format to what it holds")
-  return [(file, wanted) for file in files]
-
-
-def _kind(file) -> str:
-  kind = _EXTENSIONS.get(file.suffix.lower())
-  if kind is None:
-    raise UserError(f"{file}: data.format='auto' does not know the extension {file.suffix!r} "
-                    f"(known: {' '.join(_EXTENSIONS)}); set data.format, or move the file away")
-  return kind
-
-
-def _extensions(wanted) -> list[str]:
-  return [extension for extension, kind in _EXTENSIONS.items() if kind == wanted]
-
-
-def _read_text(file, text_field) -> Iterator[bytes]:
-  del text_field   # of records only
-  yield _utf8(file.read_bytes(), file)
-
-
-def _pieces(data: bytes) -> Iterator[bytes]:
+def _pieces(data: bytes, long_lines: bool = False) -> Iterator[bytes]:
+  """Cuts after 16 KiB and the line's rest; with `long_lines` a rest beyond 16 KiB is cut too."""
   start = 0
   while start < len(data):
-    end = data.find(b"\n", start + _LONE_FILE_PIECE - 1) + 1 or len(data)
+    at = start + _LONE_FILE_PIECE
+    end = data.find(b"\n", at - 1) + 1 or len(data)
+    if long_lines and end - at > _LONE_FILE_PIECE:
+      end = _cut(data, at, at + _LONE_FILE_PIECE)
     yield data[start:end]
     start = end
 
 
-def _read_jsonl(file, text_field) -> Iterator[bytes]:
+def _read_jsonl(file, text_field) -> Iterator[bytes | None]:
   with file.open("rb") as lines:
     for number, line in enumerate(lines, 1):
       if line.strip():
@@ -190,7 +251,7 @@ def _read_jsonl(file, text_field) -> Iterator[bytes]:
         yield _field(_json_object(line, where), text_field, where)
 
 
-def _read_parquet(file, text_field) -> Iterator[bytes]:
+def _read_parquet(file, text_field) -> Iterator[bytes | None]:
   try:
     import pyarrow as pa
     from pyarrow import parquet
@@ -215,7 +276,7 @@ def _read_parquet(file, text_field) -> Iterator[bytes]:
     raise _damaged(file, "parquet", f"{number} of {num_rows} rows read")
 
 
-def _read_arrayrecord(file, text_field) -> Iterator[bytes]:
+def _read_arrayrecord(file, text_field) -> Iterator[bytes | None]:
   import grain
   try:
     source = grain.sources.ArrayRecordDataSource(str(file))
@@ -235,7 +296,7 @@ def _read_arrayrecord(file, text_field) -> Iterator[bytes]:
     raise _damaged(file, "ArrayRecord", error) from error
 
 
-_READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet,
+_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet,
             "arrayrecord": _read_arrayrecord}
 
 
@@ -274,11 +335,13 @@ def _json_object(data: bytes, where) -> dict:
   return value
 
 
-def _field(record: dict, name: str, where) -> bytes:
+def _field(record: dict, name: str, where) -> bytes | None:
   if name not in record:
     raise UserError(f"{where}: no field {name!r} (fields: {', '.join(map(str, record))}); "
                     "set data.text_field")
   text = record[name]
+  if text is None:
+    return None
   if isinstance(text, bytes):
     return _utf8(text, where)
   if not isinstance(text, str):

@@ -129,7 +129,7 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     logits, cache = programs.prefill(model, chunk, cache, np.full((batch,), used, np.int32))
   key = jax.random.key(seed)
   done = np.zeros((batch,), bool)
-  out = []
+  out: list[np.ndarray] = []
   for index in range(max_new_tokens):
     tokens = np.asarray(sample_token(logits, jax.random.fold_in(key, index),
                                      temperature=temperature, top_k=top_k, top_p=top_p))

@@ -48,8 +48,11 @@ def train(cfg: config.Config, workdir,
   # What this will cost, before it costs it.
   account = accounting.account(cfg.model, cfg.data.seq_len)
   print(accounting.summary(cfg.model, cfg.data.seq_len))
-  print(f"rows of text: {stream.tokens_per_epoch:,} tokens an epoch, "
-        f"{stream.padding_share:.2%} of the places are padding", flush=True)
+  for line in stream.warnings:
+    run.warn(line)
+  places = cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
+  print(f"data: {stream.describe()}; {cfg.train.steps:,} steps have room for {places:,} tokens",
+        flush=True)
 
   # Model, optimizer and step, jitted once with explicit shardings, on one device too.
   program = train_step.build(cfg, mesh, objective)

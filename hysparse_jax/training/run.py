@@ -1,11 +1,13 @@
 """A run's folder: config.json, metrics.jsonl, checkpoints/ and plots/; how to make and open one."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import sys
 
 from hysparse_jax import config
+from hysparse_jax.data.corpus import absolute
 from hysparse_jax.errors import UserError
 
 
@@ -30,7 +32,8 @@ def prepare(workdir) -> pathlib.Path:
 
 
 def write_config(workdir: pathlib.Path, cfg: config.Config):
-  """Writes config.json, whole or not at all."""
+  """Writes config.json, whole or not at all, with absolute paths of the data."""
+  cfg = dataclasses.replace(cfg, data=absolute(cfg.data))
   scratch = workdir / "config.json.tmp"
   scratch.write_text(json.dumps(config.to_dict(cfg), indent=2) + "\n")
   scratch.replace(workdir / "config.json")
