@@ -19,7 +19,7 @@ def judged(norms, state=None, loss=1.0, factor=FACTOR):
   judge = jax.jit(guard.judge, static_argnums=3)
   verdicts = []
   for norm in norms:
-    ok, state = judge(state, jnp.float32(loss), jnp.float32(norm), factor)
+    ok, _, state = judge(state, jnp.float32(loss), jnp.float32(norm), factor)
     verdicts.append(bool(ok))
   return verdicts, state
 
@@ -93,7 +93,7 @@ def test_exactly_the_bad_steps_change_nothing(optimizer):
     params, opt_state, watch = state
     loss, grads = jax.value_and_grad(
       lambda p: jnp.sum(jnp.square(p(x)[0] - x)) * scale + shift)(params)
-    ok, watch = guard.judge(watch, loss, optax.tree.norm(grads), FACTOR)
+    ok, _, watch = guard.judge(watch, loss, optax.tree.norm(grads), FACTOR)
     updates, moved = tx.update(grads, opt_state, params)
     new = guard.select(ok, (optax.apply_updates(params, updates), moved), (params, opt_state))
     return (*new, watch), ok

@@ -74,18 +74,21 @@ class MetricsLog:
   """Appends one JSON object per line to `metrics.jsonl`, and the same to TensorBoard.
 
   Rows of steps after `resume_step` are dropped from both, since the run repeats those steps. A new
-  run sets the rows of an earlier one aside, in metrics.1.jsonl.
+  run sets the rows of an earlier one aside, in metrics.1.jsonl. `evaluate_again` also drops the
+  held-out row of `resume_step`.
 
   Raises:
     UserError: the files cannot be written.
   """
 
-  def __init__(self, workdir, *, resume_step: int, tensorboard: bool = False):
+  def __init__(self, workdir, *, resume_step: int, tensorboard: bool = False,
+               evaluate_again: bool = False):
     workdir = pathlib.Path(workdir)
     self._path = workdir / "metrics.jsonl"
     rows = []
     if os.path.lexists(self._path):
-      rows = [row for row in read(workdir) if row["step"] <= resume_step]
+      rows = [row for row in read(workdir) if row["step"] < resume_step or
+              (row["step"] == resume_step and not (evaluate_again and "heldout_loss" in row))]
       if rows or resume_step:
         run.replace(self._path, "".join(map(_line, rows)).encode())
       else:
