@@ -65,7 +65,11 @@ def locked(workdir: pathlib.Path):
       file.truncate(0)
       file.write(f"process {os.getpid()} on {socket.gethostname()}")
       file.flush()
-    yield
+    try:
+      yield
+    finally:
+      with contextlib.suppress(OSError):     # the run's folder is gone, or its disk full
+        file.truncate(0)
 
 
 @contextlib.contextmanager
