@@ -4,13 +4,19 @@
         [--mesh=data=2,fsdp=2,tensor=2]
 
 Run it again with the same --workdir to go on where it stopped: after a kill, after a SIGTERM (which
-saves, then exits with 0) or with a larger --set train.steps. The folder holds config.json,
-metrics.jsonl, checkpoints/ and plots/.
+saves, then exits with 0), after Ctrl-C (which saves, then exits with 130; a second one does not
+wait), or with a larger --set train.steps. A signal that would lose nothing, as before the first
+step, ends the program at once with 143 or 130. The folder holds config.json, metrics.jsonl,
+checkpoints/ and plots/.
 """
 
-from hysparse_jax.training.loop import train
+if __name__ == "__main__":       # before the slow imports: signals come at any time
+  from hysparse_jax.training import signals
+  signals.install()
 
-from . import cli
+from hysparse_jax.training.loop import train  # noqa: E402
+
+from . import cli  # noqa: E402
 
 
 def main(argv):

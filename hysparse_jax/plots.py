@@ -1,23 +1,35 @@
-"""PNG pictures of a run and of what the oracle does. One function per figure."""
+"""PNG pictures of a run and of what the oracle does. One function per figure.
+
+Figures are made without pyplot, whose backend belongs to the process (a notebook's, say).
+"""
 
 import pathlib
 
 import matplotlib
 import numpy as np
 from matplotlib import ticker
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from hysparse_jax import accounting
 from hysparse_jax.config import ModelConfig
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+def _subplots(rows: int = 1, columns: int = 1, *, figsize, **layout):
+  """A figure and its axes, as `pyplot.subplots` gives them."""
+  figure = Figure(figsize=figsize)
+  FigureCanvasAgg(figure)
+  return figure, figure.subplots(rows, columns, **layout)
 
 
 def _save(figure, path):
+  """Writes a picture whole or not at all."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120, bbox_inches="tight")
-  plt.close(figure)
+  scratch = path.with_suffix(".tmp.png")
+  figure.savefig(scratch, dpi=120, bbox_inches="tight")
+  scratch.replace(path)
   return path
 
 
@@ -30,10 +42,10 @@ def run_figures(rows: list[dict], folder) -> list[pathlib.Path]:
   """
   folder = pathlib.Path(folder)
   paths = []
-  train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+  train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
   heldout = [(row["step"], row["heldout_loss"]) for row in rows if "heldout_loss" in row]
   if train:
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = _subplots(figsize=(7, 4))
     axes.plot(*zip(*train), linewidth=0.7, alpha=0.6, label="train")
     if heldout:
       axes.plot(*zip(*heldout), marker="o", label="held-out")
@@ -43,7 +55,7 @@ def run_figures(rows: list[dict], folder) -> list[pathlib.Path]:
     paths.append(_save(figure, folder / "loss.png"))
   rates = [(row["step"], row["lr"]) for row in rows if "lr" in row]
   if rates:
-    figure, axes = plt.subplots(figsize=(7, 3))
+    figure, axes = _subplots(figsize=(7, 3))
     axes.plot(*zip(*rates))
     axes.set(xlabel="step", ylabel="learning rate", title="Learning rate")
     axes.grid(alpha=0.3)
@@ -54,7 +66,7 @@ def run_figures(rows: list[dict], folder) -> list[pathlib.Path]:
   loads = [row for row in rows if "expert_load" in row]
   if loads:
     load = np.asarray(loads[-1]["expert_load"])                    # [L, E]
-    figure, axes = plt.subplots(figsize=(8, 4))
+    figure, axes = _subplots(figsize=(8, 4))
     image = axes.imshow(load * load.shape[1], aspect="auto", vmin=0, cmap="viridis")
     axes.set(xlabel="expert", ylabel="layer",
              title=f"Expert load at step {loads[-1]['step']} (1 = its even share)")
@@ -65,7 +77,7 @@ def run_figures(rows: list[dict], folder) -> list[pathlib.Path]:
 
 def _gates(rows):
   branches = [name for name in ("gate_sparse", "gate_local") if name in rows[0]]
-  figure, axes = plt.subplots(1, len(branches), figsize=(6 * len(branches), 4), sharey=True,
+  figure, axes = _subplots(1, len(branches), figsize=(6 * len(branches), 4), sharey=True,
                               squeeze=False)
   for axis, name in zip(axes[0], branches):
     values = np.asarray([[np.nan if v is None else v for v in row[name]] for row in rows])
@@ -81,17 +93,17 @@ def _gates(rows):
 
 def architecture(cfg: ModelConfig, path, *, title: str):
   """A config's layers and whose KV each reads; beside it the cache of it and its baselines."""
-  figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.8), width_ratios=(2, 1))
+  figure, (left, right) = _subplots(1, 2, figsize=(13, 3.8), width_ratios=(2, 1))
   full_color, sparse_color, ring_color = "#1f3b5c", "#8fb8de", "#f2a65a"
   start = 0
   for layer, kind in enumerate(cfg.layer_kinds):
     if kind == "full":
       start = layer
-      left.add_patch(plt.Rectangle((layer, 0), 0.8, 2.0, color=full_color))
+      left.add_patch(Rectangle((layer, 0), 0.8, 2.0, color=full_color))
     if kind == "sparse":
-      left.add_patch(plt.Rectangle((layer, 0), 0.8, 1.0, color=sparse_color))
+      left.add_patch(Rectangle((layer, 0), 0.8, 1.0, color=sparse_color))
     if cfg.has_local_branch(kind):
-      left.add_patch(plt.Rectangle((layer, 0), 0.8, 0.25, color=ring_color))
+      left.add_patch(Rectangle((layer, 0), 0.8, 0.25, color=ring_color))
     if kind == "sparse":
       left.annotate("", (layer + 0.4, 1.02), (start + 0.8, 1.8), arrowprops=dict(
         arrowstyle="-|>", color="0.45", linewidth=0.6, mutation_scale=6,
@@ -102,7 +114,7 @@ def architecture(cfg: ModelConfig, path, *, title: str):
                         f"{cfg.num_blocks} blocks of {cfg.block_size} keys per token"),
            (sparse_color, "sparse: reads those blocks of the full layer's KV"),
            (ring_color, f"its own window of {cfg.window} tokens")]
-  left.legend([plt.Rectangle((0, 0), 1, 1, color=color) for color, _ in names],
+  left.legend([Rectangle((0, 0), 1, 1, color=color) for color, _ in names],
               [name for _, name in names], loc="lower center", fontsize=8, frameon=False,
               handlelength=1.0, labelspacing=0.25)
   left.set_title(title)
@@ -126,9 +138,10 @@ def architecture(cfg: ModelConfig, path, *, title: str):
 
 def compare_runs(runs: dict, path):
   """Training loss (smoothed) and held-out points of several runs, from `metrics.read` each."""
-  figure, axes = plt.subplots(figsize=(7, 4))
+  figure, axes = _subplots(figsize=(7, 4))
   for color, (name, rows) in zip(("tab:blue", "tab:red", "tab:orange", "tab:green"), runs.items()):
-    steps, losses = zip(*((row["step"], row["loss"]) for row in rows if "loss" in row))
+    steps, losses = zip(*((row["step"], row["loss"]) for row in rows
+                          if row.get("loss") is not None))
     width = max(1, len(losses) // 20)
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
     axes.plot(steps[width - 1:], smooth, color=color, label=f"{name}, train")
@@ -145,7 +158,7 @@ def heat_map(values, x_labels, y_labels, path, *, title: str, x_name: str, y_nam
              limits=(0.0, 1.0)):
   """A labelled heat map with its values written in: f [len(y_labels), len(x_labels)]."""
   values = np.asarray(values, float)
-  figure, axes = plt.subplots(figsize=(1.5 + 0.9 * len(x_labels), 1.5 + 0.6 * len(y_labels)))
+  figure, axes = _subplots(figsize=(1.5 + 0.9 * len(x_labels), 1.5 + 0.6 * len(y_labels)))
   image = axes.imshow(values, vmin=limits[0], vmax=limits[1], cmap="RdYlGn", aspect="auto")
   axes.set_xticks(range(len(x_labels)), x_labels)
   axes.set_yticks(range(len(y_labels)), y_labels)
@@ -165,7 +178,7 @@ def block_map(picked: dict, path, *, block_size: int):
     path: of the PNG.
     block_size: keys per block, for the causal edge.
   """
-  figure, axes = plt.subplots(1, len(picked), figsize=(1.5 + 3.2 * len(picked), 5), sharey=True,
+  figure, axes = _subplots(1, len(picked), figsize=(1.5 + 3.2 * len(picked), 5), sharey=True,
                               squeeze=False)
   for axis, (layer, blocks) in zip(axes[0], picked.items()):
     blocks = np.asarray(blocks)
@@ -191,7 +204,7 @@ def coverage_by_layer(layers, path, *, chance: float):
     chance: the share that as many blocks drawn at random would hold, drawn as a line.
   """
   number, distance, share = (np.asarray(column) for column in zip(*layers))
-  figure, axis = plt.subplots(figsize=(2 + 0.45 * len(layers), 4))
+  figure, axis = _subplots(figsize=(2 + 0.45 * len(layers), 4))
   colors = np.where(distance == 0, "tab:red", "tab:blue")
   bars = axis.bar(number, share, color=colors)
   axis.bar_label(bars, fmt="%.2f", fontsize=7)
@@ -209,7 +222,7 @@ def overlap_by_layer(unions: dict, path):
     unions: layer -> {w: mean number of distinct blocks}, w = 1 being what one token selects.
     path: of the PNG.
   """
-  figure, axis = plt.subplots(figsize=(6, 4))
+  figure, axis = _subplots(figsize=(6, 4))
   for layer, union in unions.items():
     axis.plot(list(union), list(union.values()), marker="o", label=f"layer {layer}")
   axis.set_xscale("log", base=2)
@@ -250,13 +263,13 @@ def quality_against_cache(points: dict, path, *, tokens: int):
     path: of the PNG.
     tokens: that the cache holds.
   """
-  figure, axes = plt.subplots(1, 2, figsize=(12, 4.2))
+  figure, axes = _subplots(1, 2, figsize=(12, 4.2))
   for column, (axis, label) in enumerate(zip(axes, ("recall (%)", "held-out bits per byte")), 1):
     for index, (model, values) in enumerate(points.items()):
       seeds = np.asarray(values[3 - column], float)
       axis.errorbar(values[0] / 1e6, seeds.mean(), yerr=seeds.std(ddof=1) if seeds.size > 1 else 0,
                     marker="os^Dvp*X<>hd"[index % 12],
-                    color=plt.get_cmap("tab20")(2 * index % 20 + index // 10 % 2),
+                    color=matplotlib.colormaps["tab20"](2 * index % 20 + index // 10 % 2),
                     capsize=3, linestyle="none", label=model)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -270,7 +283,7 @@ def quality_against_cache(points: dict, path, *, tokens: int):
 
 def lines_by_length(lines: dict, lengths, path, *, title: str, y_name: str):
   """Lines over sequence lengths with the spread over seeds: name -> f [seeds, lengths]."""
-  figure, axis = plt.subplots(figsize=(8.5, 4))
+  figure, axis = _subplots(figsize=(8.5, 4))
   for name, values in lines.items():
     values = np.asarray(values, float)
     spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
@@ -285,7 +298,7 @@ def lines_by_length(lines: dict, lengths, path, *, title: str, y_name: str):
 
 def overlap_by_step(unions: dict, path):
   """U(w) over training, a panel per selecting layer: layer -> {w: [(step, U(w)), ...]}."""
-  figure, axes = plt.subplots(1, len(unions), figsize=(1 + 4 * len(unions), 3.6), sharey=True,
+  figure, axes = _subplots(1, len(unions), figsize=(1 + 4 * len(unions), 3.6), sharey=True,
                               squeeze=False)
   for axis, (layer, widths) in zip(axes[0], unions.items()):
     for width, points in widths.items():

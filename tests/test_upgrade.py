@@ -11,7 +11,8 @@ from hysparse_jax import config, sharding
 from hysparse_jax.errors import UserError
 from hysparse_jax.training import step as train_step
 from hysparse_jax.training import upgrade
-from hysparse_jax.training.checkpoint import Checkpoints, _named_leaves, _nest
+from hysparse_jax.training.checkpoint import Checkpoints
+from hysparse_jax.training.manifest import named_leaves, nest
 from tests.test_configs import REPO
 
 # What the version before runs of layers called the leaves of configs/tiny_moe.py under Muon.
@@ -28,18 +29,18 @@ def program():
 
 
 def test_every_leaf_has_the_name_that_it_had():
-  names, _ = _named_leaves(program()[1])
+  names, _ = named_leaves(program()[1])
   assert sorted(upgrade.older_name("/".join(name)) for name in names) == sorted(OLDER)
 
 
 def test_an_older_checkpoint_loads_byte_for_byte(tmp_path):
   mesh, abstract, state = program()
-  names, leaves = _named_leaves(state)
+  names, leaves = named_leaves(state)
   # Every leaf other than every other one: a swap would show.
   leaves = [leaf + index if leaf.dtype.name == "float32" else leaf
             for index, leaf in enumerate(leaves)]
   state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-  older = _nest([tuple(upgrade.older_name("/".join(name)).split("/")) for name in names], leaves)
+  older = nest([tuple(upgrade.older_name("/".join(name)).split("/")) for name in names], leaves)
   assert "sparse" in older["model"]["stack"]["groups"]["0"]
   with jax.set_mesh(mesh), Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, older, {"kept": 1}, block=True)
@@ -57,9 +58,9 @@ def test_an_older_checkpoint_loads_byte_for_byte(tmp_path):
 
 def test_a_leaf_that_is_in_neither_is_named(tmp_path):
   mesh, abstract, state = program()
-  names, leaves = _named_leaves(state.model)
+  names, leaves = named_leaves(state.model)
   short = [(name, leaf) for name, leaf in zip(names, leaves) if name[-2:] != ("sparse", "gate")]
-  older = _nest([("model", *upgrade.older_name("/".join(name)).split("/")) for name, _ in short],
+  older = nest([("model", *upgrade.older_name("/".join(name)).split("/")) for name, _ in short],
                 [leaf for _, leaf in short])
   with jax.set_mesh(mesh), Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, older, {}, block=True)

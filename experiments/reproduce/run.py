@@ -155,7 +155,7 @@ def _settings(cfg) -> str:
 
 def _row(preset, one: Run, cfg, rate, figures, folder) -> dict:
   """What training says; everything but speed and date is a function of the config."""
-  losses = [row["loss"] for row in metrics.read(folder) if "loss" in row]
+  losses = [row["loss"] for row in metrics.read(folder) if row.get("loss") is not None]
   tail = losses[-max(1, len(losses) // 10):]
   account = accounting.account(cfg.model, max(preset.lengths))
   return {

@@ -11,28 +11,36 @@ framework types, `<directory>/<step>/manifest` the JSON. One process only: more 
 """
 
 import concurrent.futures
+import contextlib
 import gc
-import hashlib
 import json
-import logging
 import os
 import pathlib
 import shutil
-import sys
+import stat
+import threading
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 
 from hysparse_jax.errors import UserError
-from hysparse_jax.training import upgrade
+from hysparse_jax.training import quiet, upgrade
+from hysparse_jax.training.manifest import (
+  as_key,
+  check_same_model,
+  describe,
+  differences,
+  named_leaves,
+  nest,
+  plain,
+  plain_target,
+  seal,
+)
 
 TMP_MARK = ".orbax-checkpoint-tmp"   # in the name of what Orbax has not committed
 REJECTED = "rejected_"               # prefix of a damaged checkpoint moved out of the way
-CHUNK_BYTES = 8 << 20                # hashed by one thread
 
 
 class _DamagedError(Exception):
@@ -65,8 +73,11 @@ class Checkpoints:
                       "or give the --workdir of a run")
     if not read_only:
       self._claim_directory()
-    self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=False))
+    quiet.silence()
+    self._waiting = threading.Lock()
+    self._manager = None if read_only else quiet.detached(
+      lambda: ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=False))).result()
 
   def _claim_directory(self):
     """Makes the directory and removes what a killed save left in it."""
@@ -74,7 +85,7 @@ class Checkpoints:
       self.directory.mkdir(parents=True, exist_ok=True)
       for path in self.directory.iterdir():
         if TMP_MARK in path.name:
-          shutil.rmtree(path)
+          _remove(path)
     except OSError as error:
       raise UserError(f"cannot write checkpoints to {self.directory}: {error.strerror}; "
                       "give a writable --workdir") from error
@@ -84,8 +95,12 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of the committed checkpoints, ascending; not yet those still being written."""
-    return sorted(int(path.name) for path in self.directory.iterdir()
-                  if path.name.isdecimal() and path.is_dir())
+    try:
+      return sorted(int(path.name) for path in self.directory.iterdir()
+                    if path.name.isascii() and path.name.isdecimal()
+                    and str(int(path.name)) == path.name and path.is_dir())
+    except OSError as error:
+      raise UserError(f"cannot read {self.directory}: {error.strerror}") from error
 
   def latest_step(self) -> int | None:
     """The newest committed step, or None."""
@@ -108,42 +123,49 @@ class Checkpoints:
     """
     if self._read_only:
       raise ValueError(f"{self.directory} was opened read_only")
-    names, leaves = _named_leaves(state)
-    manifest = _seal({"format": 1, "step": int(step), "extra": json.loads(json.dumps(extra)),
-                      "leaves": _describe(names, leaves)})
+    names, leaves = named_leaves(state)
+    manifest = seal({"format": 1, "step": int(step), "extra": json.loads(json.dumps(extra)),
+                     "leaves": describe(names, leaves)})
     self.wait()
-    try:
-      newer = [other for other in self.steps() if other >= step]
-      if newer == [step] and self._same(step, manifest):
-        return
-      if newer:
-        raise UserError(f"cannot save step {step} to {self.directory}: it holds step {newer[-1]}; "
-                        "move it away, or use another --workdir")
-      arrays = _nest(names, map(_plain, leaves))
-      self._manager.save(step, force=True, args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(manifest)))
-    except OSError as error:
-      raise self._unwritable(error) from error
+    newer = [other for other in self.steps() if other >= step]
+    if newer == [step] and self._same(step, manifest):
+      return
+    if newer:
+      raise UserError(f"cannot save step {step} to {self.directory}: it holds step {newer[-1]}; "
+                      "move it away, or use another --workdir")
+    arrays = nest(names, map(plain, leaves))
+    self._await(lambda: self._manager.save(step, force=True, args=ocp.args.Composite(
+      state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(manifest))))
     if block:
       self.wait()
 
   def wait(self):
-    """Returns once no save is running.
+    """Returns once no save is running; may be called from any thread.
 
     Raises:
       UserError: the running save failed.
     """
-    try:
-      self._manager.wait_until_finished()
-    except Exception as error:
-      raise self._unwritable(error) from error
+    if self._manager is not None:
+      with self._waiting:
+        self._await(self._manager.wait_until_finished)
+
+  def _await(self, call):
+    """Returns when `call` has; an error of it, or a directory that is gone, is a UserError."""
+    running, gone = quiet.detached(call), False
+    while not concurrent.futures.wait([running], timeout=1).done:
+      if gone:                 # for a second time: what waits for it does so for minutes
+        raise UserError(f"cannot save to {self.directory}: the folder is gone")
+      gone = not self.directory.is_dir()
+    error = running.exception()
+    if error is not None:
+      what = quiet.reason(error) if self.directory.is_dir() else "the folder is gone"
+      raise UserError(f"cannot save to {self.directory}: {what}") from error
 
   def close(self):
     """Waits, then frees the background threads."""
-    try:
+    if self._manager is not None:
       self.wait()
-    finally:
-      self._manager.close()
+      quiet.detached(self._manager.close).result()
 
   def __enter__(self):
     return self
@@ -173,25 +195,43 @@ class Checkpoints:
       UserError: no checkpoint, none that is whole, or one of another model.
     """
     self.wait()
-    steps = self.steps()
-    if not steps or step not in (None, *steps):
-      wanted = "one" if step is None else f"step {step}"
-      raise UserError(f"missing checkpoint: wanted {wanted} in {self.directory}, it holds "
-                      f"{', '.join(map(str, steps)) or 'none'}; train first or change --workdir")
-    rejected = []
-    for candidate in reversed(steps) if step is None else (step,):
+    damaged = []
+    while True:
+      steps = self.steps()
+      left = [one for one in steps if one not in damaged and step in (None, one)]
+      if not left:
+        break
+      candidate = left[-1]
       try:
         state, extra = self._load(candidate, target, partial)
       except _DamagedError as damage:
-        rejected.append(candidate)
+        # A run that is writing deletes a checkpoint once it has a newer one.
+        now = self.steps()
+        if candidate not in now or (step is None and now[-1] > steps[-1]):
+          continue
+        damaged.append(candidate)
         report(f"checkpoint {candidate} rejected: {damage}")
         continue
       if not self._read_only:
-        for other in rejected:
+        for other in damaged:
           self._set_aside(other)
       return state, extra, candidate
-    raise UserError(f"no whole checkpoint in {self.directory}: tried "
-                    f"{', '.join(map(str, rejected))}, all damaged; restore a copy or start over")
+    if damaged:
+      raise UserError(f"no whole checkpoint in {self.directory}: tried "
+                      f"{', '.join(map(str, damaged))}, all damaged; restore a copy or start over")
+    wanted = "one" if step is None else f"step {step}"
+    raise UserError(f"missing checkpoint: wanted {wanted} in {self.directory}, it holds "
+                    f"{', '.join(map(str, steps)) or 'none'}; train first or change --workdir")
+
+  def extra(self, step: int | None = None) -> dict:
+    """What `save` was given beside the newest state, or that of a step, without reading the state.
+
+    Empty where no manifest can be read.
+    """
+    for candidate in reversed(self.steps()) if step is None else (step,):
+      with contextlib.suppress(_DamagedError):
+        return self._read_manifest(candidate)["extra"]
+    return {}
 
   def verify(self, step: int) -> list[str]:
     """What is wrong with one checkpoint, leaf by leaf; empty when it is whole. Needs no target."""
@@ -199,40 +239,48 @@ class Checkpoints:
     try:
       manifest = self._read_manifest(step)
       names = [tuple(name.split("/")) for name in manifest["leaves"]]
-      placeholders = _nest(names, [0] * len(names))
-      restore_args = _nest(names, [ocp.RestoreArgs(restore_type=np.ndarray)] * len(names))
+      placeholders = nest(names, [0] * len(names))
+      restore_args = nest(names, [ocp.RestoreArgs(restore_type=np.ndarray)] * len(names))
       arrays = self._read_arrays(step, names, placeholders, restore_args)
-      return _differences(manifest["leaves"], arrays)
+      return differences(manifest["leaves"], arrays)
     except _DamagedError as damage:
       return [str(damage)]
 
   def _load(self, step, target, partial):
     manifest = self._read_manifest(step)
-    names, leaves = _named_leaves(target)
+    names, leaves = named_leaves(target)
     names = upgrade.saved_names(names, manifest["leaves"])
-    _check_same_model(manifest["leaves"], names, leaves, step, partial)
-    abstract = _nest(names, [_plain_target(leaf) for leaf in leaves])
+    check_same_model(manifest["leaves"], names, leaves, step, partial)
+    abstract = nest(names, [plain_target(leaf) for leaf in leaves])
     arrays = self._read_arrays(step, names, abstract,
                                ocp.checkpoint_utils.construct_restore_args(abstract))
     entries = {name: manifest["leaves"][name] for name in map("/".join, names)}
-    problems = _differences(entries, arrays)
+    problems = differences(entries, arrays)
     if problems:
       more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
       raise _DamagedError("; ".join(problems[:3]) + more)
-    restored = map(_as_key, arrays, entries.values())
+    restored = map(as_key, arrays, entries.values())
     return jax.tree.unflatten(jax.tree.structure(target), restored), manifest["extra"]
 
-  def _read(self, step, **items):
+  def _read_tree(self, step, item, restore_args):
+    """The arrays of one checkpoint as nested dicts."""
+    def read():
+      with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(self.directory / str(step) / "state", args=ocp.args.PyTreeRestore(
+          item, restore_args=restore_args, partial_restore=True))
+
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**items))
+      _check_files(self.directory / str(step))
+      return quiet.detached(read).result()
+    except _DamagedError:
+      raise
     except Exception as error:    # whatever a reader of damaged bytes stumbles over
-      message = f"unreadable {', '.join(items)}: {_one_line(error)}"
-    _drop_unfinished_reads()
+      message = f"unreadable state: {quiet.reason(error)}"
+    gc.collect()                  # the reads that were abandoned, while nobody listens
     raise _DamagedError(message)
 
   def _read_arrays(self, step, names, item, restore_args) -> list:
-    tree = self._read(step, state=ocp.args.PyTreeRestore(item, restore_args=restore_args,
-                                                         partial_restore=True)).state
+    tree = self._read_tree(step, item, restore_args)
     arrays = []
     for name in names:
       node = tree
@@ -244,8 +292,13 @@ class Checkpoints:
     return arrays
 
   def _read_manifest(self, step) -> dict:
-    sealed = self._read(step, manifest=ocp.args.JsonRestore()).manifest
-    if not isinstance(sealed, dict) or sealed.get("digest") != _seal(sealed)["digest"]:
+    path = self.directory / str(step) / "manifest" / "metadata"
+    try:
+      _check_files(path.parent)
+      sealed = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+      raise _DamagedError(f"unreadable manifest: {quiet.reason(error)}") from error
+    if not isinstance(sealed, dict) or sealed.get("digest") != seal(sealed)["digest"]:
       raise _DamagedError("the manifest does not match its own digest")
     if sealed["step"] != step:
       raise _DamagedError(f"the manifest is that of step {sealed['step']}")
@@ -259,12 +312,13 @@ class Checkpoints:
 
   def _set_aside(self, step):
     path = self.directory / f"{REJECTED}{step}"
-    shutil.rmtree(path, ignore_errors=True)
-    (self.directory / str(step)).rename(path)
+    try:
+      _remove(path)
+      (self.directory / str(step)).rename(path)
+    except OSError as error:
+      raise UserError(f"cannot move the damaged checkpoint {step} out of the way: "
+                      f"{error.strerror}; remove {self.directory / str(step)}") from error
     self._manager.reload()
-
-  def _unwritable(self, error) -> UserError:
-    return UserError(f"cannot save to {self.directory}: {_one_line(error)}")
 
 
 def abstract_state(shapes, shardings):
@@ -274,125 +328,19 @@ def abstract_state(shapes, shardings):
     shapes, shardings)
 
 
-def _named_leaves(tree):
-  """Path names (tuples of str) and leaves, in `jax.tree.leaves` order; an `nnx.Variable` goes by
-  its own name."""
-  is_variable = lambda node: isinstance(node, nnx.Variable)
-  named = {}
-  for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
-    value = node.get_value() if is_variable(node) else node
-    for inner, leaf in jax.tree_util.tree_leaves_with_path(value):
-      name = tuple(jax.tree_util.keystr(path + inner, simple=True, separator="/").split("/"))
-      if name in named:
-        raise ValueError(f"two leaves are named {'/'.join(name)}")
-      named[name] = leaf
-  return list(named), list(named.values())
+def _remove(path: pathlib.Path):
+  """Removes a file, a link or a folder, where there is one."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
-def _nest(names, values) -> dict:
-  tree = {}
-  for name, value in zip(names, values, strict=True):
-    node = tree
-    for part in name[:-1]:
-      node = node.setdefault(part, {})
-    node[name[-1]] = value
-  return tree
-
-
-def _is_key(leaf) -> bool:
-  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _plain(leaf):
-  """An array of numbers: the leaf, or the words of a typed PRNG key."""
-  return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _plain_target(leaf):
-  if not _is_key(leaf):
-    return leaf
-  words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-  return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
-
-
-def _as_key(words, entry):
-  """Undoes `_plain` by what the manifest says the leaf was."""
-  return jax.random.wrap_key_data(words, impl=entry["impl"]) if "impl" in entry else words
-
-
-def _digest_bytes(arrays) -> list[str]:
-  """Per array the SHA-256, in hex, of the SHA-256s of its row-major bytes' 8 MiB pieces.
-
-  The pieces let every core hash: leaves of stacked layers are few and large. One core with SHA
-  instructions does some 1.8 GB/s.
-  """
-  pieces, counts = [], []
-  for array in arrays:
-    flat = np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8)
-    chunks = [flat[start:start + CHUNK_BYTES] for start in range(0, flat.size, CHUNK_BYTES)]
-    pieces += chunks
-    counts.append(len(chunks))
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    hashed = pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces)
-    return [hashlib.sha256(b"".join(next(hashed) for _ in range(count))).hexdigest()
-            for count in counts]
-
-
-def _describe(names, leaves) -> dict:
-  """The manifest's entry of every leaf."""
-  entries = {}
-  for name, leaf, digest in zip(names, leaves, _digest_bytes(map(_plain, leaves))):
-    entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest}
-    if _is_key(leaf):
-      entry["impl"] = str(jax.random.key_impl(leaf))
-    entries["/".join(name)] = entry
-  return entries
-
-
-def _differences(entries, arrays) -> list[str]:
-  """One line per leaf whose bytes are not those of the manifest; both in the same order."""
-  return [f"leaf {name} does not match its digest"
-          for (name, entry), digest in zip(entries.items(), _digest_bytes(arrays), strict=True)
-          if entry["sha256"] != digest]
-
-
-def _check_same_model(entries, names, leaves, step, partial):
-  """Raises a UserError where the leaves of a checkpoint are not those that are wanted.
-
-  Of a part of the state (`partial`) only the groups that the target names are compared, such as
-  all of `model/`.
-  """
-  wanted = {"/".join(name): f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in zip(names, leaves)}
-  groups = {name[0] for name in names}
-  saved = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in entries.items()
-           if not partial or name.split("/")[0] in groups}
-  for name in [*wanted, *saved]:
-    if wanted.get(name) != saved.get(name):
-      there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-      raise UserError(f"checkpoint {step} is of another configuration: {name} is {there} in it, "
-                      f"{here} here; use the config it was trained with")
-
-
-def _seal(manifest: dict) -> dict:
-  """The manifest with a digest of the rest of it."""
-  rest = {key: value for key, value in manifest.items() if key != "digest"}
-  text = json.dumps(rest, sort_keys=True)
-  return rest | {"digest": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _drop_unfinished_reads():
-  """Collects the reads that Orbax abandons at the first failing one, which would otherwise each
-  print a page at some later moment."""
-  hook, log = sys.unraisablehook, logging.getLogger("asyncio")
-  sys.unraisablehook, log.disabled = lambda _: None, True
-  try:
-    gc.collect()
-  finally:
-    sys.unraisablehook, log.disabled = hook, False
-
-
-def _one_line(error) -> str:
-  """The kind of error and the start of its message, without the reader's own description."""
-  error = error.__cause__ or error
-  text = " ".join(str(error).split("[tensorstore_spec=")[0].split())
-  return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
+def _check_files(folder: pathlib.Path):
+  """Raises where a folder holds anything but files and folders: a read of a pipe never ends."""
+  for parent, folders, files in os.walk(folder):
+    for name in folders + files:
+      path = pathlib.Path(parent, name)
+      mode = path.stat().st_mode
+      if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise _DamagedError(f"{path.relative_to(folder)} is not a file")

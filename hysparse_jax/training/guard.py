@@ -2,7 +2,9 @@
 
 A step is bad when its loss or gradient norm is not finite, or when the norm stands far above its
 average over the good steps so far. Skipping selects the old values (`jnp.where`); nothing is
-multiplied by zero, since `0 * nan` is nan.
+multiplied by zero, since `0 * nan` is nan. Spikes that follow one another are the ground and not
+the batch: skipping would not leave the spot, so after a few the step is taken, with the gradient
+scaled to the average norm.
 """
 
 from typing import NamedTuple
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 
 WARMUP_STEPS = 20     # good steps before a spike can be told from a start
 MEMORY_STEPS = 100    # good steps the running average looks back
+PATIENCE = 3          # spikes in a row that are skipped, at most
 
 
 class GuardState(NamedTuple):
@@ -19,7 +22,7 @@ class GuardState(NamedTuple):
 
   mean_log_norm: jax.Array     # f32 [], running mean of log(gradient norm)
   good: jax.Array              # i32 [], good steps that entered the mean
-  consecutive_bad: jax.Array   # i32 []
+  consecutive_bad: jax.Array   # i32 []; a scaled step leaves it as it is
   total_bad: jax.Array         # i32 []
 
 
@@ -34,34 +37,42 @@ def average_norm(state: GuardState):
   return jnp.exp(state.mean_log_norm)
 
 
-def judge(state: GuardState, loss, grad_norm, spike_factor: float):
-  """Is this step good?
+def judge(state: GuardState, loss, grad_norm, spike_factor: float, patience: int = PATIENCE):
+  """Is this step good, and how is its gradient to be scaled?
 
   The mean is plain over the first `MEMORY_STEPS` good steps and exponential after, and in logs: a
-  norm 9 times the average moves it by 2 %, not 9. A norm of exactly 0 is good but says nothing
-  about scale, and stays out of the mean.
+  norm 9 times the average moves it by 2 %, not 9, and one of a scaled step by what `spike_factor`
+  times the average would. A norm of exactly 0 is good but says nothing about scale, and stays out
+  of the mean.
 
   Args:
+    state: of the steps before.
     loss: f32 [].
     grad_norm: f32 [], the global norm before clipping.
-    spike_factor: bad above this multiple of `average_norm`, once `WARMUP_STEPS` good steps are in;
-      0 turns that test off.
+    spike_factor: a spike above this multiple of `average_norm`, once `WARMUP_STEPS` good steps are
+      in; 0 turns that test off.
+    patience: bad steps in a row after which a spike is taken, scaled.
 
   Returns:
-    `ok` bool [], and the new state.
+    `ok` bool []; `scale` f32 [], 1 but for a spike that is taken; the new state.
   """
-  ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  average = average_norm(state)
+  spike = jnp.zeros((), bool)
   if spike_factor:
-    spike = grad_norm > spike_factor * average_norm(state)
-    ok &= ~(spike & (state.good >= WARMUP_STEPS))
+    spike = finite & (grad_norm > spike_factor * average) & (state.good >= WARMUP_STEPS)
+  ok = finite & (~spike | (state.consecutive_bad >= patience))
+  scale = jnp.where(ok & spike, average / jnp.where(spike, grad_norm, 1.0), 1.0)
   counts = ok & (grad_norm > 0)
   good = state.good + counts
-  log_norm = jnp.log(jnp.where(counts, grad_norm, 1.0))
+  seen = jnp.where(spike, spike_factor * average, grad_norm)
+  log_norm = jnp.log(jnp.where(counts, seen, 1.0))
   moved = state.mean_log_norm + (log_norm - state.mean_log_norm) / jnp.clip(good, 1, MEMORY_STEPS)
-  return ok, GuardState(
+  return ok, scale, GuardState(
     mean_log_norm=jnp.where(counts, moved, state.mean_log_norm),
     good=good,
-    consecutive_bad=jnp.where(ok, 0, state.consecutive_bad + 1),
+    consecutive_bad=jnp.where(ok, jnp.where(spike, state.consecutive_bad, 0),
+                              state.consecutive_bad + 1),
     total_bad=state.total_bad + ~ok)
 
 

@@ -1,29 +1,40 @@
-"""A run's folder: config.json, metrics.jsonl, checkpoints/ and plots/; how to make and open one."""
+"""A run's folder: its lock, config.json, tokenizer and metrics; how to make and open one.
 
+config.json carries a digest of itself, and every checkpoint the config that it was saved under.
+"""
+
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
 import os
 import pathlib
-import sys
+import socket
 
 from hysparse_jax import config
 from hysparse_jax.data.corpus import absolute
+from hysparse_jax.data.tokenizer import load_tokenizer
 from hysparse_jax.errors import UserError
+from hysparse_jax.training import console
 
 
 def prepare(workdir) -> pathlib.Path:
   """The absolute path of the folder, made if missing.
 
   Raises:
-    UserError: no folder named, or one that cannot be written.
+    UserError: no folder named, one that cannot be written, or an address such as gs://.
   """
   if not workdir:
     raise UserError("--workdir is missing; name a folder for the run, such as runs/tiny")
-  workdir = pathlib.Path(workdir).absolute()
+  if "://" in str(workdir):
+    raise UserError(f"workdir {workdir} is no folder of this machine; mount it, or give a folder "
+                    "and copy it there afterwards")
+  workdir = pathlib.Path(workdir).expanduser().absolute()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".write-test-{os.getpid()}"
-    probe.touch()
+    probe.write_bytes(b"a full disk takes a name but no byte")
     probe.unlink()
   except OSError as error:
     raise UserError(f"cannot write to workdir {workdir}: {error.strerror}; "
@@ -31,12 +42,96 @@ def prepare(workdir) -> pathlib.Path:
   return workdir
 
 
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path):
+  """Holds the folder for this run alone; the system frees it when the process ends, however.
+
+  Raises:
+    UserError: another run holds it.
+  """
+  path = workdir / ".lock"
+  with writing(path):
+    file = path.open("a+")
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      holder = file.read().strip() or "another process"
+      raise UserError(f"{workdir} is in use by {holder}; wait for it, or give another "
+                      "--workdir") from error
+    except OSError as error:      # file systems without locks
+      console.warn(f"cannot lock {path} ({error.strerror}): start no second run in {workdir}")
+    with writing(path):
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {socket.gethostname()}")
+      file.flush()
+    try:
+      yield
+    finally:
+      with contextlib.suppress(OSError):     # the run's folder is gone, or its disk full
+        file.truncate(0)
+
+
+@contextlib.contextmanager
+def writing(path):
+  """An OSError in it is a UserError that names the path and the reason."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"cannot write {path}: {error.strerror or error}; run the same command again "
+                    "once it can be written") from error
+
+
+def replace(path: pathlib.Path, content: bytes):
+  """Writes a file whole or not at all, and to the disk."""
+  scratch = path.with_name(f".{path.name}.tmp")
+  with writing(path):
+    with scratch.open("wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    scratch.replace(path)
+
+
 def write_config(workdir: pathlib.Path, cfg: config.Config):
   """Writes config.json, whole or not at all, with absolute paths of the data."""
-  cfg = dataclasses.replace(cfg, data=absolute(cfg.data))
-  scratch = workdir / "config.json.tmp"
-  scratch.write_text(json.dumps(config.to_dict(cfg), indent=2) + "\n")
-  scratch.replace(workdir / "config.json")
+  values = config.to_dict(dataclasses.replace(cfg, data=absolute(cfg.data)))
+  replace(workdir / "config.json",
+          (json.dumps({"digest": _digest(values), **values}, indent=2) + "\n").encode())
+
+
+def _digest(values: dict) -> str:
+  return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def keep_tokenizer(workdir: pathlib.Path, cfg: config.Config, fingerprint: str):
+  """Copies a tokenizer.json into the run's folder.
+
+  Raises:
+    UserError: it is no longer the file with that `fingerprint`, or the folder cannot be written.
+  """
+  if cfg.data.tokenizer == "byte":
+    return
+  path = workdir / "tokenizer.json"
+  content = pathlib.Path(cfg.data.tokenizer).expanduser().read_bytes()
+  if not path.is_file() or path.read_bytes() != content:
+    replace(path, content)
+  check_tokenizer(load_tokenizer(own_data(workdir, cfg.data)), fingerprint)
+
+
+def own_data(workdir: pathlib.Path, data: config.DataConfig) -> config.DataConfig:
+  """The data section with the run's own copy of its tokenizer.json, where it has one."""
+  path = pathlib.Path(workdir) / "tokenizer.json"
+  kept = data.tokenizer != "byte" and path.is_file()
+  return dataclasses.replace(data, tokenizer=str(path)) if kept else data
+
+
+def check_tokenizer(tokenizer, fingerprint: str):
+  """Raises a UserError unless a run was trained with that tokenizer."""
+  if tokenizer.fingerprint != fingerprint:
+    raise UserError(f"the tokenizer is not the one the weights were trained with: got "
+                    f"{tokenizer.fingerprint}, wanted {fingerprint}; put that file back")
 
 
 # What a config that does not name a field yet was run with, where that is not the default.
@@ -54,23 +149,56 @@ _FREE = ("remat", "implementation", "dtype", "moe.load_balance_weight", "moe.rou
 
 
 def read_config(workdir) -> config.Config:
-  """The config of the run in `workdir`; a UserError where there is none."""
-  path = pathlib.Path(workdir) / "config.json"
+  """The config that config.json holds; a UserError where there is none, or it is damaged."""
+  path = pathlib.Path(workdir or "").expanduser() / "config.json"
   if not workdir or not path.is_file():
     raise UserError(f"missing checkpoint: {workdir or 'no --workdir'} holds no run; train one with "
                     "python -m experiments.train, or name its folder with --workdir")
   try:
-    values = json.loads(path.read_text())
-  except ValueError as error:
+    values = json.loads(path.read_bytes())
+    if not isinstance(values, dict):
+      raise ValueError(f"it holds a {type(values).__name__}")
+    digest = values.pop("digest", None)      # older versions wrote none
+    if digest not in (None, _digest(values)):
+      raise ValueError("it is not what its digest says")
+    return from_saved(values)
+  except UserError:
+    raise                                    # a config of another version
+  except (ValueError, TypeError, RecursionError, OSError) as error:
     raise UserError(f"{path} is damaged: {error}; restore it, or start over in another "
                     "--workdir") from error
-  for section, fields in _BEFORE_THE_FIELD.items():
-    values[section] = fields | values.get(section, {})
-  return config.from_dict(values)
 
 
-def check_same_model(workdir: pathlib.Path, cfg: config.Config) -> list[str]:
-  """Holds what a resumed run asks for to the weights and moments that it has.
+def from_saved(values: dict) -> config.Config:
+  """The config of a dict that config.json or a checkpoint holds, of any version."""
+  return config.from_dict(values | {section: fields | values.get(section, {})
+                                    for section, fields in _BEFORE_THE_FIELD.items()})
+
+
+def saved_config(workdir, extra: dict) -> config.Config:
+  """The config of a run, from config.json and from what a checkpoint says of it.
+
+  Args:
+    workdir: of the run.
+    extra: of the checkpoint; those of older versions hold no config.
+
+  Raises:
+    UserError: there is none, or config.json is that of another model than the checkpoint.
+  """
+  if "config" not in extra:
+    return read_config(workdir)
+  known = from_saved(extra["config"])
+  try:
+    cfg = read_config(workdir)
+  except UserError as error:
+    console.warn(f"{error} (going on with the config that the checkpoint holds)")
+    return known
+  check_same_model(workdir, known, cfg)
+  return cfg
+
+
+def check_same_model(workdir, was: config.Config, now: config.Config) -> list[str]:
+  """Holds what is asked for to the weights and moments that a run has.
 
   Returns:
     One `a.b = new (was old)` for each field of the model that differs and may.
@@ -78,15 +206,22 @@ def check_same_model(workdir: pathlib.Path, cfg: config.Config) -> list[str]:
   Raises:
     UserError: another optimizer, or a field of the model that the weights depend on.
   """
-  was, now = map(_model_lines, (read_config(workdir), cfg))
-  differing = [name for name in dict.fromkeys([*was, *now]) if was.get(name) != now.get(name)]
-  bound = [name for name in differing if name not in _FREE]
+  old, new = map(_model_lines, (was, now))
+  differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+  unused = set()
+  if was.model.layer_kinds == now.model.layer_kinds:
+    unused |= {"attention", "pattern", "sparse_per_full"}
+  if was.model.v_dim == now.model.v_dim:
+    unused.add("value_head_dim")
+  if was.model.moe is not None and now.model.moe is not None:
+    unused.add("d_ff")
+  bound = [name for name in differing if name not in unused.union(_FREE)]
   if bound:
     spell = lambda lines: "; ".join(
       f"{name} = {lines[name]}" for name in bound if name in lines) or "less"
-    raise UserError(f"the run in {workdir} has another model or optimizer: it has {spell(was)}, "
-                    f"asked for {spell(now)}; restore its settings or give another --workdir")
-  return [f"model.{name} = {now[name]} (was {was[name]})" for name in differing]
+    raise UserError(f"the run in {workdir} has another model or optimizer: it has {spell(old)}, "
+                    f"asked for {spell(new)}; restore its settings or give another --workdir")
+  return [f"model.{name} = {new.get(name)} (was {old.get(name)})" for name in differing]
 
 
 def _model_lines(cfg: config.Config) -> dict[str, str]:
@@ -95,8 +230,3 @@ def _model_lines(cfg: config.Config) -> dict[str, str]:
   if cfg.model.moe is not None:
     lines["router_bias"] = str(cfg.model.moe.bias_update_rate > 0)
   return lines | {"optimizer": repr(cfg.optim.optimizer)}
-
-
-def warn(text: str):
-  """What a restore passed over, on stderr."""
-  print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -92,12 +92,22 @@ def _abstract(init, mesh):
   return checkpoint.abstract_state(shapes, sharding.shardings(shapes, mesh))
 
 
+@jax.jit
+def all_finite(tree):
+  """bool []: whether every number in a tree of arrays is finite."""
+  return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)
+                            if jnp.issubdtype(leaf.dtype, jnp.floating)]))
+
+
 def _step(cfg: Config, tx, objective, state: TrainState, batch: Batch):
   with jax.named_scope("gradients"):
     (total, stats), grads = _gradients(cfg, objective, state.model, batch)
   with jax.named_scope("guard"):
     grad_norm = optax.tree.norm(grads)
-    ok, guarded = guard.judge(state.guard, total, grad_norm, cfg.train.spike_factor)
+    ok, scale, guarded = guard.judge(
+      state.guard, total, grad_norm, cfg.train.spike_factor,
+      min(guard.PATIENCE, cfg.train.max_bad_steps - 1))
+    grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
   with jax.named_scope("optimizer"):
     updates, opt_state = tx.update(grads, state.opt_state, state.model)
     params = optax.apply_updates(state.model, updates)
