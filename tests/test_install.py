@@ -84,8 +84,11 @@ for package in (pallas_kernels, hysparse_jax):
     try:
       importlib.import_module(module.name)
       count += 1
-      for flag in flags.FLAGS.flags_by_module_dict().get(module.name, []):
-        delattr(flags.FLAGS, flag.name)   # two programs may have flags of one name
+      for name, its_flags in flags.FLAGS.flags_by_module_dict().items():
+        if name.startswith("hysparse_jax.experiments"):     # two programs may share names of flags
+          for flag in list(its_flags):
+            if flag.name in flags.FLAGS:
+              delattr(flags.FLAGS, flag.name)
     except ImportError as error:          # jax-triton asks for a GPU when it is imported
       assert "triton" in str(error) or "GPU" in str(error) or "CUDA" in str(error), (module, error)
 names = {name: getattr(hysparse_jax, name) for name in hysparse_jax.__all__}
