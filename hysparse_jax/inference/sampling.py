@@ -149,7 +149,7 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
 def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: int, *,
                   stop: str | None = None, on_text: Callable[[str], None] | None = None,
                   **settings) -> str:
-  """Continues a text: what follows `prompt`, up to and without the first `stop`.
+  """Continues a text: `decode(prompt + new)` after `decode(prompt)`, without the first `stop`.
 
       run = load_run("runs/tiny")       # of hysparse_jax.inference.load
       print(generate_text(run.model, run.tokenizer, "def main(", 200, temperature=0.8, seed=1))
@@ -173,7 +173,8 @@ def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: in
   except UnicodeEncodeError as error:
     raise UserError(f"the prompt is not valid Unicode at character {error.start}; give UTF-8 "
                     "text") from error
-  stream = TextStream(tokenizer, stop)
+  ids = np.asarray(tokenizer.encode(prompt))
+  stream = TextStream(tokenizer, stop, ids)
   shown = []
 
   def show(text):
@@ -185,8 +186,7 @@ def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: in
     show(stream.add(int(tokens[0])))
     return stream.stopped
 
-  generate(model, np.asarray(tokenizer.encode(prompt))[None], max_new_tokens, on_token=on_token,
-           **settings)
+  generate(model, ids[None], max_new_tokens, on_token=on_token, **settings)
   show(stream.finish())
   return "".join(shown)
 
