@@ -13,10 +13,12 @@ from absl import flags
 from experiments import cli
 from hysparse_jax import accounting
 
+for _flag in (cli.CONFIG, cli.SET, cli.JSON):
+  flags.declare_key_flag(_flag)
 _TOKENS = flags.DEFINE_integer("tokens", None, "Sequence length; default: data.seq_len.")
 _KV_DTYPE = flags.DEFINE_enum("kv_dtype", "bf16", list(accounting.KV_DTYPE_BYTES),
                               "Element type of the KV cache.")
-_PICTURE = flags.DEFINE_string("picture", None, "Also draw the layers and the cache to this PNG.")
+_PICTURE = flags.DEFINE(cli.PATH, "picture", None, "Also draw the layers and the cache to this PNG.")
 
 
 def main(argv):

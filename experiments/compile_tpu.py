@@ -25,6 +25,8 @@ from pallas_kernels import tpu
 
 STEPS = ("train", "prefill", "decode")
 
+for _flag in (cli.CONFIG, cli.SET, cli.MESH, cli.JSON):
+  flags.declare_key_flag(_flag)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "Slice as libtpu names it: v5e:2x2, "
                                                          "v5p:2x2x1, v6e:2x2, v5p:8x8x8, ...")
 _STEP = flags.DEFINE_list("step", ["train", "decode"], "Which of " + ", ".join(STEPS))

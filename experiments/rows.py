@@ -9,8 +9,8 @@ from absl import flags
 
 from experiments import cli
 
-_APPEND = flags.DEFINE_string("append", None, "File to add the rows to, one JSON object a line.")
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to name in the rows; default git's.")
+_APPEND = flags.DEFINE(cli.PATH, "append", None, "File to add the rows to, one JSON object a line.")
+COMMIT = flags.DEFINE_string("commit", None, "Commit to name in the rows; default git's.")
 
 
 def emit(row: dict, line: str, device: str | None = "here"):
@@ -33,8 +33,8 @@ def emit(row: dict, line: str, device: str | None = "here"):
 
 def commit() -> str:
   """What --commit says, or the short hash of the checkout, empty where there is none."""
-  if flags.FLAGS.is_parsed() and _COMMIT.value:      # not parsed where a notebook calls
-    return _COMMIT.value
+  if flags.FLAGS.is_parsed() and COMMIT.value:      # not parsed where a notebook calls
+    return COMMIT.value
   try:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                           check=False).stdout.strip()

@@ -8,8 +8,13 @@ saves, then exits with 0) or with a larger --set train.steps. The folder holds c
 metrics.jsonl, checkpoints/ and plots/.
 """
 
+from absl import flags
+
 from experiments import cli
 from hysparse_jax.training.loop import train
+
+for _flag in (cli.CONFIG, cli.SET, cli.WORKDIR, cli.MESH):
+  flags.declare_key_flag(_flag)
 
 
 def main(argv):
@@ -19,4 +24,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, needs_stdout=False)

@@ -36,6 +36,7 @@ TIE = 2e-5        # log weights closer than this are one value in float32
 
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu", "triton": "gpu"}
 
+flags.declare_key_flag(cli.JSON)
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Of the ops; None: the platform's.")
 
 

@@ -35,6 +35,9 @@ from hysparse_jax.training import step as train_step
 # tokens of 3.5 bytes, and the logarithm's standard deviation 1.6.
 MEDIAN_DOCUMENT, LOG_DEVIATION = 2000, 1.6
 
+for _flag in (cli.CONFIG, cli.SET, cli.MESH, cli.JSON):
+  flags.declare_key_flag(_flag)
+flags.adopt_module_key_flags(rows)
 _TWINS = flags.DEFINE_list("twins", ["full"], "Which baselines beside it: full, swa.")
 _STEPS = flags.DEFINE_integer("steps", 8, "Timed steps; the median counts.")
 _DOCUMENTS = flags.DEFINE_integer(

@@ -41,6 +41,9 @@ from hysparse_jax.tasks import token_tasks
 from hysparse_jax.training import metrics, run
 from hysparse_jax.training.loop import train
 
+for _flag in (cli.SET, cli.WORKDIR):
+  flags.declare_key_flag(_flag)
+flags.declare_key_flag(rows.COMMIT)
 _PRESET = flags.DEFINE_string("preset", None, "smoke or h200.")
 _PIECE = flags.DEFINE_list("piece", None, "Numbers of the pieces to run, such as 3,4; see --list.")
 _LIST = flags.DEFINE_bool("list", False, "Show the pieces and what they will cost, and stop.")
