@@ -6,8 +6,6 @@ Runs nothing:
         [--set a.b=v ...] [--kv_dtype=bf16|fp8|f32] [--json] [--picture=layers.png]
 """
 
-import json
-
 from absl import flags
 
 from experiments import cli
@@ -32,7 +30,7 @@ def main(argv):
     plots.architecture(cfg.model, _PICTURE.value, title=f"{cli.CONFIG.value}: "
                        f"{cfg.model.num_layers} layers, {full} of them full attention")
   if cli.JSON.value:
-    print(json.dumps(accounting.account_row(cfg.model, tokens, _KV_DTYPE.value)))
+    print(cli.to_json(accounting.account_row(cfg.model, tokens, _KV_DTYPE.value)))
     return
   print(accounting.summary(cfg.model, tokens, _KV_DTYPE.value))
   print("\nparameters by group")

@@ -6,6 +6,8 @@ A program takes the flags that its module defines and those that it declares wit
 """
 
 import contextlib
+import json
+import math
 import os
 import pathlib
 import sys
@@ -29,8 +31,8 @@ class _PathParser(flags.ArgumentParser):
 
 PATH = _PathParser()     # flags.DEFINE(cli.PATH, name, default, help)
 
-CONFIG = flags.DEFINE(PATH, "config", None, "Config file, such as configs/tiny.py or "
-                                            "configs/tiny.py:full.")
+CONFIG = flags.DEFINE(PATH, "config", None, "Config file such as configs/mine.py, or the "
+                                            "name of a packaged one: tiny, tiny:full.")
 SET = flags.DEFINE_multi_string("set", [], "Override one field, such as model.window=64; may be "
                                            "given many times, later ones win.")
 WORKDIR = flags.DEFINE(PATH, "workdir", None, "Folder of the run, such as runs/tiny.")
@@ -48,32 +50,42 @@ def load_config() -> config.Config:
   """
   if not CONFIG.value:
     raise UserError("--config is missing; name a config file, such as --config=configs/tiny.py")
-  return config.override(config.load(CONFIG.value), *SET.value,
-                         *(f"mesh.{axis}" for axis in _axes()))
+  return config.load(CONFIG.value, *SET.value, *_axes())
 
 
-def load_run():
-  """The run of `--workdir`, on the mesh of `--mesh` (default: the first device), as `--dtype`.
-
-  Raises:
-    UserError: no `--workdir`, no run there, a mesh that does not fit.
-  """
-  from hysparse_jax import sharding  # this and the next import jax, which `account` does without
-  from hysparse_jax.inference import load
-  if not WORKDIR.value:
-    raise UserError("--workdir is missing; name the folder of a run, such as runs/tiny")
-  mesh = None
+def load_options() -> dict:
+  """The arguments of `load_run` that `--mesh` and `--dtype` give: those that were given."""
+  options = {} if DTYPE.value is None else {"dtype": DTYPE.value}
   if MESH.value is not None:
-    sizes = config.override(config.Config(mesh=config.MeshConfig(fsdp=1)),
-                            *(f"mesh.{axis}" for axis in _axes()))
-    mesh = sharding.make_mesh(sizes.mesh)
-  return load.load_run(WORKDIR.value, mesh=mesh, dtype=DTYPE.value)
+    from hysparse_jax import sharding      # imports jax, which `account` does without
+    one = config.Config(mesh=config.MeshConfig(fsdp=1))
+    options["mesh"] = sharding.make_mesh(config.override(one, *_axes()).mesh)
+  return options
+
+
+def to_json(row: dict) -> str:
+  """One line of JSON; what is not a finite number is null, since JSON has no NaN."""
+  return json.dumps(_finite(row), allow_nan=False)
+
+
+def _finite(value):
+  if isinstance(value, dict):
+    return {key: _finite(inner) for key, inner in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(inner) for inner in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def warn(text):
+  """One line on stderr, for what does not stop the program."""
+  with contextlib.suppress(OSError, AttributeError):       # AttributeError: stderr is closed
+    print("warning:", " ".join(str(text).split()), file=sys.stderr, flush=True)
 
 
 def _axes() -> list[str]:
   if MESH.value == "":
     raise UserError("--mesh is empty; give sizes such as data=2,tensor=2, or leave it out")
-  return MESH.value.split(",") if MESH.value else []
+  return [f"mesh.{axis}" for axis in MESH.value.split(",")] if MESH.value else []
 
 
 def run(main: Callable[[list[str]], None], *, needs_stdout: bool = True):
@@ -92,6 +104,8 @@ def run(main: Callable[[list[str]], None], *, needs_stdout: bool = True):
     with _one_line():
       if sys.stdout is None and needs_stdout:
         raise UserError("stdout is closed; send it to a file, or to /dev/null")
+      if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")    # what the terminal cannot show
       main(argv)
       if sys.stdout is not None:
         sys.stdout.flush()

@@ -1,7 +1,6 @@
 """Result rows (`experiments/results/*.jsonl`): stamped, printed, appended by what measured them."""
 
 import datetime
-import json
 import subprocess
 
 import jax
@@ -27,8 +26,8 @@ def emit(row: dict, line: str, device: str | None = "here"):
               date=datetime.date.today().isoformat())
   if _APPEND.value:
     with open(_APPEND.value, "a") as file:
-      file.write(json.dumps(row) + "\n")
-  print(json.dumps(row) if cli.JSON.value else line, flush=True)
+      file.write(cli.to_json(row) + "\n")
+  print(cli.to_json(row) if cli.JSON.value else line, flush=True)
 
 
 def commit() -> str:

@@ -8,16 +8,20 @@ Modules receive their own section whole; nothing is copied from field to field.
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import itertools
 import pathlib
 import types
 import typing
+import warnings
 from typing import Literal
 
+from hysparse_jax import config_files
 from hysparse_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
+
+LARGEST = 2**63 - 1
+IMPLEMENTATIONS = ("reference", "mosaic_gpu", "mosaic_tpu", "triton")
 
 RENAMED = {"rope_base": "rope.base"}   # fields of `ModelConfig`; configs of old runs still load
 
@@ -41,6 +45,9 @@ class _Checked:
       elif not _fits(value, kind):
         raise UserError(f"{section}.{name} is {value!r} ({type(value).__name__}); "
                         f"expected {_spell(kind)}")
+      elif isinstance(value, int | float):
+        _require(-LARGEST <= value <= LARGEST,
+                 f"{section}.{name} is {value}; it must be a number of at most 63 bits")
 
   def _check_at_least(self, minimum, *names):
     for name in names:
@@ -212,6 +219,11 @@ class ModelConfig(_Checked):
              f"model.block_choice={self.block_choice!r} needs attention='hysparse'")
     _require(not self.local_shares_kv or (self.attention == "hysparse" and self.local_branch),
              "model.local_shares_kv=True needs attention='hysparse' and local_branch=True")
+    near = difflib.get_close_matches(str(self.implementation), IMPLEMENTATIONS, n=1)
+    _require(self.implementation in (None, *IMPLEMENTATIONS),
+             f"model.implementation is {self.implementation!r}"
+             f"{f'; did you mean {near[0]!r}?' if near else ''}; allowed: None, "
+             + ", ".join(map(repr, IMPLEMENTATIONS)))
     self._check_pattern()
 
   def _check_pattern(self):
@@ -323,6 +335,9 @@ class DataConfig(_Checked):
     self._check_at_least(0, "workers", "seed", "task_weight", "task_context_weight",
                          "task_positions", "task_warmup_steps")
     self._check_unit_interval("task_share")
+    for name, path in (("source", self.source), ("tokenizer", self.tokenizer)):
+      _require(path.strip() and "://" not in path,
+               f"data.{name} is {path!r}; give a path of this machine, such as that of a mount")
     _require(0.0 < self.heldout_fraction < 1.0,
              f"data.heldout_fraction is {self.heldout_fraction}; it must be between 0 and 1")
 
@@ -437,37 +452,17 @@ class Config(_Checked):
              "data.seq_len a multiple of it, or set data.align_documents=False")
 
 
-def load(path: str) -> Config:
-  """Runs `get_config` of a config file: `"configs/tiny.py"` or `"configs/tiny.py:full"`.
+def load(path: str | pathlib.Path, *assignments: str) -> Config:
+  """Runs `get_config` of a file (`"mine.py:arg"`) or packaged config (`"tiny"`) and `override`s.
 
   Raises:
     UserError: no such file, no `get_config`, or a config that fails its checks.
   """
-  filename, _, arg = path.partition(":")
-  file = pathlib.Path(filename)
-  if not file.is_file():
-    near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UserError(f"no config file {filename}{hint}")
-  spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-  if spec is None or spec.loader is None:
-    raise UserError(f"{filename} is not a Python file; give a config such as configs/tiny.py")
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except SyntaxError as error:
-    raise UserError(f"{filename}: {error}") from error
-  if not hasattr(module, "get_config"):
-    raise UserError(f"{filename} defines no get_config(arg=None)")
-  try:
-    cfg = module.get_config(arg) if arg else module.get_config()
-  except TypeError as error:
-    moved = "".join(f"; model.{old} is now model.{new}" for old, new in RENAMED.items()
-                    if f"'{old}'" in str(error))
-    raise UserError(f"{filename}: {error}{moved}") from error
+  filename, _, arg = str(path).partition(":")
+  cfg = config_files.run(filename, arg, RENAMED)
   _require(isinstance(cfg, Config), f"{filename}: get_config returned {type(cfg).__name__}, "
                                     "not hysparse_jax.config.Config")
-  return cfg
+  return override(cfg, *assignments)
 
 
 def override(cfg, *assignments: str):
@@ -523,8 +518,9 @@ def _section(section, name):
 
 def _parse(text, kind, path):
   try:
-    value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+    with warnings.catch_warnings(action="ignore"):      # of backslashes, which paths may have
+      value = ast.literal_eval(text)
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     value = text
   if not _fits(value, kind) and _fits(text, kind):
     value = text

@@ -1,0 +1,83 @@
+"""Config files: where one lies, a path or the name of a packaged config, and what it returns.
+
+In an installed package they are `hysparse_jax/configs/`, in a checkout `configs/` beside it.
+"""
+
+import difflib
+import importlib.util
+import pathlib
+import traceback
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+FOLDER = next(filter(pathlib.Path.is_dir, (_PACKAGE / "configs", _PACKAGE.parent / "configs")),
+              _PACKAGE / "configs")
+
+
+def find(name: str) -> pathlib.Path | None:
+  """The config file that `name` means, None where there is none.
+
+  A path that exists wins: `"mine.py"`, `"configs/tiny.py"`. Otherwise it is the packaged config of
+  that name: `"tiny"`, `"ablations/ratio"`, and `"configs/tiny.py"` where the working directory has
+  no folder `configs` that could be meant.
+  """
+  path = pathlib.Path(name).expanduser()
+  if path.is_file():
+    return path
+  packaged = _packaged(name)
+  file = FOLDER / (packaged if packaged.suffix == ".py" else f"{packaged}.py")
+  return file if not path.is_absolute() and ".." not in path.parts and file.is_file() else None
+
+
+def hint(name: str) -> str:
+  """What to add to "no config file NAME": the names that are close, else all packaged ones."""
+  path = pathlib.Path(name)
+  near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.py")], n=3)
+  near += [close for close in difflib.get_close_matches(_packaged(name).stem, names(), n=3)
+           if f"{close}.py" not in near]
+  return f"; did you mean {' or '.join(near)}?" if near else f"; packaged are {', '.join(names())}"
+
+
+def names() -> list[str]:
+  """Names of the packaged configs, such as `tiny` and `ablations/ratio`."""
+  return sorted(file.relative_to(FOLDER).with_suffix("").as_posix()
+                for file in FOLDER.rglob("*.py"))
+
+
+def _packaged(name) -> pathlib.PurePath:
+  path = pathlib.PurePath(name)
+  if path.parts[:1] == ("configs",) and not pathlib.Path("configs").is_dir():
+    return pathlib.PurePath(*path.parts[1:])
+  return path
+
+
+def run(name: str, arg: str, renamed: dict[str, str]):
+  """What `get_config(arg)` of a config file returns; without `arg` if that is empty.
+
+  Args:
+    name: as `find` takes it.
+    arg: of `get_config`.
+    renamed: fields of the model that have another name now, for the message.
+
+  Raises:
+    UserError: no such file, one that raises, or one without `get_config`.
+  """
+  file = find(name)
+  spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+  if spec is None or spec.loader is None:
+    raise UserError(f"{name} is not a Python file; give a config such as configs/tiny.py")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise UserError(f"{name} defines no get_config(arg=None)")
+    return module.get_config(arg) if arg else module.get_config()
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:     # whatever somebody's file does
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == str(file)]
+    place = f"{name}, line {lines[-1]}" if lines else name
+    moved = "".join(f"; model.{old} is now model.{new}" for old, new in renamed.items()
+                    if f"'{old}'" in str(error))
+    text = " ".join(str(error).split())
+    raise UserError(f"{place}: {type(error).__name__}: {text}{moved}") from error
