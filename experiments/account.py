@@ -16,7 +16,8 @@ for _flag in (cli.CONFIG, cli.SET, cli.JSON):
 _TOKENS = flags.DEFINE_integer("tokens", None, "Sequence length; default: data.seq_len.")
 _KV_DTYPE = flags.DEFINE_enum("kv_dtype", "bf16", list(accounting.KV_DTYPE_BYTES),
                               "Element type of the KV cache.")
-_PICTURE = flags.DEFINE(cli.PATH, "picture", None, "Also draw the layers and the cache to this PNG.")
+_PICTURE = flags.DEFINE(cli.PATH, "picture", None,
+                        "Also draw the layers and the cache to this PNG.")
 
 
 def main(argv):

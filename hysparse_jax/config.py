@@ -459,7 +459,17 @@ def load(path: str | pathlib.Path, *assignments: str) -> Config:
     UserError: no such file, no `get_config`, or a config that fails its checks.
   """
   filename, _, arg = str(path).partition(":")
-  cfg = config_files.run(filename, arg, RENAMED)
+  file = config_files.find(filename)
+  if file is None:
+    raise UserError(f"no config file {filename}{config_files.hint(filename)}")
+  try:
+    cfg = config_files.run(file, arg)
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:       # whatever somebody's file does
+    moved = "".join(f"; model.{old} is now model.{new}" for old, new in RENAMED.items()
+                    if f"'{old}'" in str(error))
+    raise UserError(config_files.spell(file, error) + moved) from error
   _require(isinstance(cfg, Config), f"{filename}: get_config returned {type(cfg).__name__}, "
                                     "not hysparse_jax.config.Config")
   return override(cfg, *assignments)

@@ -50,34 +50,25 @@ def _packaged(name) -> pathlib.PurePath:
   return path
 
 
-def run(name: str, arg: str, renamed: dict[str, str]):
-  """What `get_config(arg)` of a config file returns; without `arg` if that is empty.
-
-  Args:
-    name: as `find` takes it.
-    arg: of `get_config`.
-    renamed: fields of the model that have another name now, for the message.
+def run(file: pathlib.Path, arg: str):
+  """What `get_config(arg)` of the file returns; called without an argument if `arg` is empty.
 
   Raises:
-    UserError: no such file, one that raises, or one without `get_config`.
+    AttributeError, ImportError and whatever the file raises; `spell` makes it one line.
   """
-  file = find(name)
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   if spec is None or spec.loader is None:
-    raise UserError(f"{name} is not a Python file; give a config such as configs/tiny.py")
+    raise ImportError("not a Python file; give a config such as configs/tiny.py")
   module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-      raise UserError(f"{name} defines no get_config(arg=None)")
-    return module.get_config(arg) if arg else module.get_config()
-  except UserError:
-    raise
-  except (Exception, SystemExit) as error:     # whatever somebody's file does
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-             if frame.filename == str(file)]
-    place = f"{name}, line {lines[-1]}" if lines else name
-    moved = "".join(f"; model.{old} is now model.{new}" for old, new in renamed.items()
-                    if f"'{old}'" in str(error))
-    text = " ".join(str(error).split())
-    raise UserError(f"{place}: {type(error).__name__}: {text}{moved}") from error
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise AttributeError("it defines no get_config(arg=None)")
+  return module.get_config(arg) if arg else module.get_config()
+
+
+def spell(file: pathlib.Path, error: BaseException) -> str:
+  """One line that names the file, its last line on the way to the error, and the error."""
+  lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
+           if frame.filename == str(file)]
+  return f"{file}{lines[-1] if lines else ''}: {type(error).__name__}: " + " ".join(
+    str(error).split())
