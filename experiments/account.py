@@ -6,18 +6,19 @@ Runs nothing:
         [--set a.b=v ...] [--kv_dtype=bf16|fp8|f32] [--json] [--picture=layers.png]
 """
 
-import json
-
 from absl import flags
 
 from hysparse_jax import accounting
 
 from . import cli
 
+for _flag in (cli.CONFIG, cli.SET, cli.JSON):
+  flags.declare_key_flag(_flag)
 _TOKENS = flags.DEFINE_integer("tokens", None, "Sequence length; default: data.seq_len.")
 _KV_DTYPE = flags.DEFINE_enum("kv_dtype", "bf16", list(accounting.KV_DTYPE_BYTES),
                               "Element type of the KV cache.")
-_PICTURE = flags.DEFINE_string("picture", None, "Also draw the layers and the cache to this PNG.")
+_PICTURE = flags.DEFINE(cli.PATH, "picture", None,
+                        "Also draw the layers and the cache to this PNG.")
 
 
 def main(argv):
@@ -31,7 +32,7 @@ def main(argv):
     plots.architecture(cfg.model, _PICTURE.value, title=f"{cli.CONFIG.value}: "
                        f"{cfg.model.num_layers} layers, {full} of them full attention")
   if cli.JSON.value:
-    print(json.dumps(accounting.account_row(cfg.model, tokens, _KV_DTYPE.value)))
+    print(cli.to_json(accounting.account_row(cfg.model, tokens, _KV_DTYPE.value)))
     return
   print(accounting.summary(cfg.model, tokens, _KV_DTYPE.value))
   print("\nparameters by group")

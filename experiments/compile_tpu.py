@@ -8,7 +8,6 @@ Says for each step what a device needs of its memory, and fails where the TPU co
 of a kernel, HBM of the step. `libtpu` (requirements-dev.txt) is the compiler. Nothing runs.
 """
 
-import json
 import time
 
 import jax
@@ -26,6 +25,8 @@ from . import cli
 
 STEPS = ("train", "prefill", "decode")
 
+for _flag in (cli.CONFIG, cli.SET, cli.MESH, cli.JSON):
+  flags.declare_key_flag(_flag)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "Slice as libtpu names it: v5e:2x2, "
                                                          "v5p:2x2x1, v6e:2x2, v5p:8x8x8, ...")
 _STEP = flags.DEFINE_list("step", ["train", "decode"], "Which of " + ", ".join(STEPS))
@@ -72,6 +73,8 @@ def lower(step: str, cfg: config.Config, mesh: jax.sharding.Mesh, tokens: int, c
 def main(argv):
   """Compiles what the flags name."""
   del argv
+  if not _STEP.value:
+    raise UserError(f"--step is empty; give some of {', '.join(STEPS)}")
   cfg = cli.load_config()
   unknown = sorted(set(_STEP.value) - set(STEPS))
   if unknown:
@@ -96,7 +99,7 @@ def main(argv):
       "peak_bytes": memory.peak_memory_in_bytes,
       "compile_seconds": round(time.perf_counter() - start, 1)}
     split = ", ".join(f"{axis}={size}" for axis, size in row["mesh"].items()) or "one device"
-    print(json.dumps(row) if cli.JSON.value else
+    print(cli.to_json(row) if cli.JSON.value else
           f"{step:8} {_TOPOLOGY.value} {split}: {row['peak_bytes'] / 2**30:.2f} GiB a device "
           f"({row['argument_bytes'] / 2**30:.2f} arguments, {row['temp_bytes'] / 2**30:.2f} "
           f"temporaries), compiled in {row['compile_seconds']} s", flush=True)

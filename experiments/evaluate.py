@@ -2,6 +2,7 @@
 
     python -m experiments.evaluate --workdir=runs/tiny [--tasks=heldout,needle,oracle] [--json]
         [--batches=8] [--seq_len=4096] [--lengths=256,512] [--depths=0,0.5,1] [--samples=4]
+        [--mesh=fsdp=2,tensor=2] [--dtype=bfloat16]
     python -m experiments.evaluate --workdir=runs/tiny --tasks=ruler,mqar,copy
         [--lengths=2048,4096,8192,16384,32768] [--samples=16] [--form=tokens|text]
 
@@ -14,21 +15,24 @@
              one forward pass over the answer. `--form=text` (tasks/text_tasks.py): the benchmark's
              prompts, answers generated through the cache
 
-Prints a table per task, or with --json one object per line and task; pictures go to
-<workdir>/plots/. Nothing else in the run's folder is touched.
+Prints a table per task, or with --json one object per line and task, as soon as it is there;
+pictures go to <workdir>/plots/. Nothing else in the run's folder is touched.
 """
 
-import json
+import contextlib
 import math
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hysparse_jax import sharding
 from hysparse_jax.config import Config
 from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
@@ -42,6 +46,8 @@ from hysparse_jax.training.heldout import heldout
 
 from . import cli
 
+for _flag in (cli.WORKDIR, cli.MESH, cli.DTYPE, cli.JSON):
+  flags.declare_key_flag(_flag)
 _TASKS = flags.DEFINE_list("tasks", None, "Of heldout, needle, oracle, ruler, and the recall tasks "
                                           "by name; default: the first three, if the model has "
                                           "them.")
@@ -51,7 +57,7 @@ _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens per row of heldout and 
                                                  "data.seq_len.")
 _LENGTHS = flags.DEFINE_list("lengths", None, "Needle and recall tasks: tokens; default: a "
                                               "quarter, half and all of data.seq_len, each at "
-                                              "least 64.")
+                                              "least 64 and what the tasks need.")
 _DEPTHS = flags.DEFINE_list("depths", ["0", "0.25", "0.5", "0.75", "1"],
                             "Needle: places, 0 the start, 1 right before the question.")
 _SAMPLES = flags.DEFINE_integer("samples", 4, "Needle: puzzles per length and depth; recall tasks: "
@@ -61,6 +67,9 @@ _NEEDLE_SEED = flags.DEFINE_integer("needle_seed", 0, "Needle: of keys, values a
                                     lower_bound=0)
 
 ALL_TASKS = ("heldout", "needle", "oracle")
+USED = {"heldout": ("batches", "seq_len"), "oracle": ("batches", "seq_len"),
+        "needle": ("lengths", "depths", "samples", "distractors", "needle_seed")}
+USED_BY_RECALL = ("lengths", "samples", "form")
 FORMS = {"tokens": token_tasks, "text": text_tasks}   # by --form: each has TASKS and RULER
 
 
@@ -85,7 +94,8 @@ class _Run(NamedTuple):
 
 
 def evaluate(workdir, tasks=None, settings: Settings | None = None,
-             console: Console | None = None) -> list[dict]:
+             console: Console | None = None, *, on_row: Callable[[dict], None] | None = None,
+             **load_options) -> list[dict]:
   """Runs the tasks on the run in `workdir`; one JSON-ready row per task.
 
   Args:
@@ -94,6 +104,8 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
       `ALL_TASKS` that the model has.
     settings: None: the defaults.
     console: where tables go; None: nowhere.
+    on_row: called with each row as soon as it is there.
+    **load_options: mesh and dtype of `load_run`.
 
   Raises:
     UserError: no such task, no run or checkpoint, a setting that cannot be.
@@ -102,7 +114,7 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
   tasks, asked = _known(tasks, settings.form)
   if not workdir:
     raise UserError("--workdir is missing; name the folder of a run, such as runs/tiny")
-  loaded = load_run(workdir)
+  loaded = load_run(workdir, **load_options)
   cfg = loaded.cfg
   run = _Run(cfg, loaded.model, loaded.tokenizer, pathlib.Path(workdir) / "plots")
   if tasks is None:
@@ -111,25 +123,57 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
   parts = [([task], {"heldout": _heldout, "needle": _needle, "oracle": _oracle}[task])
            for task in tasks] + ([(asked, _recall)] if asked else [])
   rows = []
+  show = lambda part: console is None or console.print(part, soft_wrap=isinstance(part, str),
+                                                       highlight=False)
   for names, function in parts:
-    if function is _recall:
-      found, shown, paths = _recall(run, settings, names)
-    else:
-      row, shown, paths = function(run, settings)
-      found = [row]
-    paths = [str(path) for path in paths]
-    rows += [{"task": task, "step": loaded.step, **row, "plots": paths}
-             for task, row in zip(names, found)]
-    if console is not None:
-      for part in (*shown, *(f"wrote {path}" for path in paths), ""):
-        console.print(part, soft_wrap=isinstance(part, str), highlight=False)
+    with _on_mesh(load_options.get("mesh"), settings, names, cfg):
+      if function is _recall:
+        found, shown, draw = _recall(run, settings, names)
+      else:
+        row, shown, draw = function(run, settings)
+        found = [row]
+    for part in shown:
+      show(part)
+    paths = _drawn(draw)
+    for part in (*(f"wrote {path}" for path in paths), ""):
+      show(part)
+    for task, row in zip(names, found):
+      rows.append({"task": task, "step": loaded.step, **row, "plots": paths})
+      if on_row is not None:
+        on_row(rows[-1])
   return rows
+
+
+def _drawn(draw) -> list[str]:
+  """Paths of the pictures; one that cannot be drawn or written is a warning, no lost result."""
+  try:
+    return [str(path) for path in draw()]
+  except Exception as error:       # whatever a drawing library or a file system raises
+    cli.warn(f"no pictures: {type(error).__name__}: {error}")
+    return []
+
+
+def _on_mesh(mesh, settings, tasks, cfg):
+  """The mesh, for whatever runs in it; a UserError where its batch axes cannot split the rows."""
+  if mesh is None:
+    return contextlib.nullcontext()
+  parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+  rows = {"--samples": settings.samples} if tasks == ["needle"] else (
+    {"data.batch_size": cfg.data.batch_size} if tasks[0] in ALL_TASKS else {"a row": 1})
+  for name, count in rows.items():
+    if count % parts:
+      raise UserError(f"{'/'.join(tasks)}: {name}={count} cannot be split over the mesh's data * "
+                      f"fsdp * expert = {parts}; choose sizes that divide it, or split by tensor")
+  return jax.set_mesh(mesh)
 
 
 def _known(tasks, form):
   """The tasks of `ALL_TASKS` asked for (None: whatever there is) and the recall tasks."""
   if tasks is None:
     return None, []
+  if not tasks:
+    raise UserError(f"--tasks is empty; give some of {', '.join(ALL_TASKS)}, ruler, "
+                    f"{', '.join(FORMS[form].TASKS)}, or leave it out")
   recall_tasks = FORMS[form].TASKS
   first, asked = [], []
   for task in tasks:
@@ -165,13 +209,16 @@ def _heldout(run, settings):
   note = (f"held-out: {result.bits_per_byte:.4f} bits per byte, {result.loss:.4f} nats per token; "
           f"rows of {seq_len:,} tokens")
   by_position = [bucket._asdict() for bucket in result.by_position]
-  return {**result._asdict(), "by_position": by_position, "seq_len": seq_len}, [note, table], []
+  return ({**result._asdict(), "by_position": by_position, "seq_len": seq_len}, [note, table],
+          lambda: [])
 
 
-def _lengths(run, settings):
+def _lengths(run, settings, least: Callable[[], int]):
+  """The lengths asked for; else those of the rows, each at least what the tasks need."""
   if settings.lengths is not None:
     return settings.lengths
-  return tuple(sorted({max(64, run.cfg.data.seq_len // part) for part in (4, 2, 1)}))
+  shortest = -(-least() // 64) * 64
+  return tuple(sorted({max(shortest, run.cfg.data.seq_len // part) for part in (4, 2, 1)}))
 
 
 def _heldout_tokens(run):
@@ -180,14 +227,18 @@ def _heldout_tokens(run):
 
 
 def _recall(run, settings, tasks):
-  lengths = _lengths(run, settings)
   if settings.form == "text":
+    lengths = _lengths(run, settings, lambda: max(
+      text_tasks.min_length(task, run.tokenizer, number) for task in tasks
+      for number in range(settings.samples)))
     result, ids = recall_text(run.model, run.tokenizer, tasks, lengths, settings.samples), None
   else:
     text_size = run.tokenizer.vocab_size
     trained = run.cfg.data.task_share > 0
     ids = token_tasks.ids_of(
       text_size + run.cfg.data.task_ids if trained else run.cfg.model.vocab_size, text_size)
+    lengths = _lengths(run, settings,
+                       lambda: max(token_tasks.min_length(task, ids) for task in tasks))
     # Ids above the text's: essays are held-out text. Else text would hold keys by accident.
     text = _heldout_tokens(run) if ids.first == text_size else None
     result = recall(run.model, ids, tasks, lengths, settings.samples, text=text)
@@ -198,26 +249,31 @@ def _recall(run, settings, tasks):
   note = (f"recall tasks, {settings.form} form, {settings.samples} samples per cell: references "
           "given by RULER's rule (exact-set F1)"
           + ("; answers scored in one forward pass" if ids else "; answers generated greedily"))
-  from hysparse_jax import plots  # matplotlib is slow to import
-  paths = [plots.heat_map(result.recall, names, tasks, run.plots / "recall.png",
-                          title=f"Recall by task ({settings.form} form)", x_name="tokens",
-                          y_name="")]
+
+  def draw():
+    from hysparse_jax import plots  # matplotlib is slow to import
+    yield plots.heat_map(result.recall, names, tasks, run.plots / "recall.png",
+                         title=f"Recall by task ({settings.form} form)", x_name="tokens",
+                         y_name="")
+    depths = [f"{(bin + 0.5) / DEPTH_BINS:.1f}" for bin in range(DEPTH_BINS)]
+    for task, row, by_depth in zip(tasks, rows, result.by_depth if ids else ()):
+      if "by_depth" in row:
+        yield plots.heat_map(
+          by_depth, names, depths, run.plots / f"recall_{task}.png",
+          title=f"{task}: answers right", x_name="tokens", y_name="depth of the evidence")
+
   rows = []
-  for index, task in enumerate(tasks):
+  for index in range(len(tasks)):
     row = {name: getattr(result, name)[index].tolist() for name in ("recall", "f1", "exact")}
     if ids is not None and not np.isnan(result.by_depth[index]).all():
-      depths = [f"{(bin + 0.5) / DEPTH_BINS:.1f}" for bin in range(DEPTH_BINS)]
       row["by_depth"] = result.by_depth[index].tolist()
-      paths.append(plots.heat_map(
-        result.by_depth[index], names, depths, run.plots / f"recall_{task}.png",
-        title=f"{task}: answers right", x_name="tokens", y_name="depth of the evidence"))
     rows.append({"form": settings.form, "lengths": list(lengths), **row,
                  "samples": settings.samples, "ids": ids and ids._asdict()})
-  return rows, [note, table], paths
+  return rows, [note, table], draw
 
 
 def _needle(run, settings):
-  lengths = _lengths(run, settings)
+  lengths = _lengths(run, settings, lambda: 64)
   result = needle(run.model, run.tokenizer, _heldout_tokens(run), lengths, settings.depths,
                   settings.samples, settings.needle_seed, settings.distractors)
   table = Table("depth", *(f"{length:,} tokens" for length in result.lengths), box=box.SIMPLE_HEAD)
@@ -226,18 +282,20 @@ def _needle(run, settings):
   note = (f"needle: values recalled (value tokens right, one by one); {settings.samples} puzzles "
           f"per cell, {settings.distractors} distractors; mean log-likelihood "
           f"{result.log_likelihood.mean():.2f} nats per value token")
-  from hysparse_jax import plots  # matplotlib is slow to import
-  paths = [
-    plots.heat_map(values, [f"{length:,}" for length in result.lengths],
-                   [f"{depth:g}" for depth in result.depths], run.plots / f"{name}.png",
-                   title=title, x_name="tokens", y_name="depth of the needle")
+
+  def draw():
+    from hysparse_jax import plots  # matplotlib is slow to import
     for name, title, values in (
-      ("needle", "Needle: values recalled", result.accuracy),
-      ("needle_tokens", "Needle: value tokens right, one by one", result.token_accuracy))]
+        ("needle", "Needle: values recalled", result.accuracy),
+        ("needle_tokens", "Needle: value tokens right, one by one", result.token_accuracy)):
+      yield plots.heat_map(values, [f"{length:,}" for length in result.lengths],
+                           [f"{depth:g}" for depth in result.depths], run.plots / f"{name}.png",
+                           title=title, x_name="tokens", y_name="depth of the needle")
+
   row = {name: getattr(result, name).tolist()
          for name in ("accuracy", "token_accuracy", "log_likelihood")}
   return {"lengths": list(result.lengths), "depths": list(result.depths), **row,
-          "samples": settings.samples, "distractors": settings.distractors}, [note, table], paths
+          "samples": settings.samples, "distractors": settings.distractors}, [note, table], draw
 
 
 def _oracle(run, settings):
@@ -266,19 +324,23 @@ def _oracle(run, settings):
     f"{distance}: {share:.3f}" for distance, share in result.coverage_by_distance.items())
   reach += f"; by blocks at random: {result.chance:.3f}"
 
-  from hysparse_jax import plots  # matplotlib is slow to import
-  paths = plots.oracle_figures(result, run.plots, block_size=run.cfg.model.block_size)
+  def draw():
+    from hysparse_jax import plots  # matplotlib is slow to import
+    return plots.oracle_figures(result, run.plots, block_size=run.cfg.model.block_size)
+
   layers = [layer._asdict() | {"overlap": layer.overlap and layer.overlap._asdict()}
             for layer in result.layers]
   row = {"layers": layers, "coverage_by_distance": result.coverage_by_distance,
          "chance": result.chance, "choosing_tokens": result.choosing_tokens,
          "seq_len": seq_len}
-  return row, [note, table, reach], paths
+  return row, [note, table, reach], draw
 
 
 def _numbers(flag, kind):
   """The values of a list flag; a UserError names the one that is none."""
   values = []
+  if not flag.value:
+    raise UserError(f"--{flag.name} is empty; give numbers, or leave it out")
   for text in flag.value:
     try:
       value = kind(text)
@@ -298,11 +360,18 @@ def main(argv):
     lengths=None if _LENGTHS.value is None else _numbers(_LENGTHS, int),
     depths=_numbers(_DEPTHS, float), samples=_SAMPLES.value, distractors=_DISTRACTORS.value,
     needle_seed=_NEEDLE_SEED.value, form=_FORM.value)
-  rows = evaluate(cli.WORKDIR.value, _TASKS.value, settings,
-                  None if cli.JSON.value else Console())
-  if cli.JSON.value:
-    for row in rows:
-      print(json.dumps(row))
+  _check_used(ALL_TASKS if _TASKS.value is None else _TASKS.value)
+  to_line = lambda row: print(cli.to_json(row), flush=True)
+  evaluate(cli.WORKDIR.value, _TASKS.value, settings, None if cli.JSON.value else Console(),
+           on_row=to_line if cli.JSON.value else None, **cli.load_options())
+
+
+def _check_used(tasks):
+  """Raises a UserError for a flag that none of the tasks uses."""
+  used = {name for task in tasks for name in USED.get(task, USED_BY_RECALL)}
+  for name in sorted({*USED_BY_RECALL}.union(*USED.values()) - used):
+    if flags.FLAGS[name].present and tasks:
+      raise UserError(f"--{name} is not used by --tasks={','.join(tasks)}; leave it out")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m experiments.generate --workdir=runs/tiny --prompt="def main("
         [--max_tokens=200] [--temperature=0.8] [--top_k=40] [--top_p=0.95] [--seed=1]
-        [--stop="\\n\\n"] [--nostream] [--json]
+        [--stop="\\n\\n"] [--nostream] [--json] [--mesh=tensor=2] [--dtype=bfloat16]
 
 The same from Python:
 
@@ -13,8 +13,6 @@ The same from Python:
     print(generate_text(run.model, run.tokenizer, "def main(", 200, temperature=0.8, seed=1))
 """
 
-import json
-
 from absl import flags
 from rich.console import Console
 
@@ -24,6 +22,8 @@ from hysparse_jax.inference.sampling import generate_text
 
 from . import cli
 
+for _flag in (cli.WORKDIR, cli.MESH, cli.DTYPE, cli.JSON):
+  flags.declare_key_flag(_flag)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Tokens to add at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most likely token.")
@@ -46,7 +46,7 @@ def main(argv):
   stop = _STOP.value
   if stop is not None:
     stop = stop.replace("\\n", "\n").replace("\\t", "\t")
-  _, model, tokenizer, step = load_run(workdir)
+  _, model, tokenizer, step = load_run(workdir, **cli.load_options())
 
   console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
   streams = _STREAM.value and not cli.JSON.value
@@ -59,7 +59,7 @@ def main(argv):
                        on_text=write if streams else None, temperature=_TEMPERATURE.value,
                        top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value)
   if cli.JSON.value:
-    print(json.dumps({"step": step, "prompt": _PROMPT.value, "text": text}))
+    print(cli.to_json({"step": step, "prompt": _PROMPT.value, "text": text}))
   else:
     print("" if streams else text)
 

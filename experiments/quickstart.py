@@ -12,6 +12,7 @@ import pathlib
 import time
 
 import numpy as np
+from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,8 @@ from hysparse_jax.training.loop import train
 from . import cli
 from .evaluate import Settings, evaluate
 
+for _flag in (cli.SET, cli.WORKDIR):
+  flags.declare_key_flag(_flag)
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 LONG_TOKENS = 32_768    # where the cache is compared
 PROMPT = "def "

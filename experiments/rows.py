@@ -1,7 +1,6 @@
 """Result rows (`experiments/results/*.jsonl`): stamped, printed, appended by what measured them."""
 
 import datetime
-import json
 import subprocess
 
 import jax
@@ -9,8 +8,8 @@ from absl import flags
 
 from . import cli
 
-_APPEND = flags.DEFINE_string("append", None, "File to add the rows to, one JSON object a line.")
-_COMMIT = flags.DEFINE_string("commit", None, "Commit to name in the rows; default git's.")
+_APPEND = flags.DEFINE(cli.PATH, "append", None, "File to add the rows to, one JSON object a line.")
+COMMIT = flags.DEFINE_string("commit", None, "Commit to name in the rows; default git's.")
 
 
 def emit(row: dict, line: str, device: str | None = "here"):
@@ -27,14 +26,14 @@ def emit(row: dict, line: str, device: str | None = "here"):
               date=datetime.date.today().isoformat())
   if _APPEND.value:
     with open(_APPEND.value, "a") as file:
-      file.write(json.dumps(row) + "\n")
-  print(json.dumps(row) if cli.JSON.value else line, flush=True)
+      file.write(cli.to_json(row) + "\n")
+  print(cli.to_json(row) if cli.JSON.value else line, flush=True)
 
 
 def commit() -> str:
   """What --commit says, or the short hash of the checkout, empty where there is none."""
-  if flags.FLAGS.is_parsed() and _COMMIT.value:      # not parsed where a notebook calls
-    return _COMMIT.value
+  if flags.FLAGS.is_parsed() and COMMIT.value:      # not parsed where a notebook calls
+    return COMMIT.value
   try:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                           check=False).stdout.strip()

@@ -14,9 +14,14 @@ if __name__ == "__main__":       # before the slow imports: signals come at any 
   from hysparse_jax.training import signals
   signals.install()
 
+from absl import flags  # noqa: E402
+
 from hysparse_jax.training.loop import train  # noqa: E402
 
 from . import cli  # noqa: E402
+
+for _flag in (cli.CONFIG, cli.SET, cli.WORKDIR, cli.MESH):
+  flags.declare_key_flag(_flag)
 
 
 def main(argv):
@@ -26,4 +31,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, needs_stdout=False)

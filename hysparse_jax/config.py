@@ -6,19 +6,22 @@ Modules receive their own section whole; nothing is copied from field to field.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
-import importlib.util
 import itertools
 import pathlib
 import types
 import typing
+import warnings
 from typing import Literal
 
 from hysparse_jax import config_files
 from hysparse_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
+
+IMPLEMENTATIONS = (None, "reference", "mosaic_gpu", "mosaic_tpu", "triton")
 
 RENAMED = {"rope_base": "rope.base"}   # fields of `ModelConfig`; configs of old runs still load
 
@@ -42,6 +45,9 @@ class _Checked:
       elif not _fits(value, kind):
         raise UserError(f"{section}.{name} is {value!r} ({type(value).__name__}); "
                         f"expected {_spell(kind)}")
+      elif isinstance(value, int | float):
+        _require(-2**63 < value < 2**63,
+                 f"{section}.{name} is {value}; it must be a number of at most 63 bits")
 
   def _check_at_least(self, minimum, *names):
     for name in names:
@@ -213,6 +219,8 @@ class ModelConfig(_Checked):
              f"model.block_choice={self.block_choice!r} needs attention='hysparse'")
     _require(not self.local_shares_kv or (self.attention == "hysparse" and self.local_branch),
              "model.local_shares_kv=True needs attention='hysparse' and local_branch=True")
+    _require(self.implementation in IMPLEMENTATIONS, f"model.implementation is "
+             f"{self.implementation!r}; allowed: {', '.join(map(repr, IMPLEMENTATIONS))}")
     self._check_pattern()
 
   def _check_pattern(self):
@@ -324,6 +332,9 @@ class DataConfig(_Checked):
     self._check_at_least(0, "workers", "seed", "task_weight", "task_context_weight",
                          "task_positions", "task_warmup_steps")
     self._check_unit_interval("task_share")
+    for name, path in (("source", self.source), ("tokenizer", self.tokenizer)):
+      _require(path.strip() and "://" not in path,
+               f"data.{name} is {path!r}; give a path of this machine, such as that of a mount")
     _require(0.0 < self.heldout_fraction < 1.0,
              f"data.heldout_fraction is {self.heldout_fraction}; it must be between 0 and 1")
 
@@ -446,24 +457,15 @@ def load(path: str | pathlib.Path, *assignments: str) -> Config:
   """
   filename, _, arg = str(path).partition(":")
   file = config_files.find(filename)
-  if file is None:
-    raise UserError(f"no config file {filename}{config_files.hint(filename)}")
-  spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-  if spec is None or spec.loader is None:
-    raise UserError(f"{filename} is not a Python file; give a config such as configs/tiny.py")
-  module = importlib.util.module_from_spec(spec)
+  _require(file, f"no config file {filename}{config_files.hint(filename)}")
   try:
-    spec.loader.exec_module(module)
-  except SyntaxError as error:
-    raise UserError(f"{filename}: {error}") from error
-  if not hasattr(module, "get_config"):
-    raise UserError(f"{filename} defines no get_config(arg=None)")
-  try:
-    cfg = module.get_config(arg) if arg else module.get_config()
-  except TypeError as error:
+    cfg = config_files.run(file, arg)
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:       # whatever somebody's file does
     moved = "".join(f"; model.{old} is now model.{new}" for old, new in RENAMED.items()
                     if f"'{old}'" in str(error))
-    raise UserError(f"{filename}: {error}{moved}") from error
+    raise UserError(config_files.spell(file, error) + moved) from error
   _require(isinstance(cfg, Config), f"{filename}: get_config returned {type(cfg).__name__}, "
                                     "not hysparse_jax.config.Config")
   return override(cfg, *assignments)
@@ -522,10 +524,9 @@ def _section(section, name):
 
 
 def _parse(text, kind, path):
-  try:
+  value, not_literal = text, (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+  with contextlib.suppress(*not_literal), warnings.catch_warnings(action="ignore"):
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    value = text
   if not _fits(value, kind) and _fits(text, kind):
     value = text
   _require(_fits(value, kind),

@@ -1,10 +1,12 @@
-"""Where a config file lies: a path, or the name of one of the configs that come with the package.
+"""Config files: where one lies, a path or the name of a packaged config, and what it returns.
 
 In an installed package they are `hysparse_jax/configs/`, in a checkout `configs/` beside it.
 """
 
 import difflib
+import importlib.util
 import pathlib
+import traceback
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 FOLDER = next(filter(pathlib.Path.is_dir, (_PACKAGE / "configs", _PACKAGE.parent / "configs")),
@@ -46,3 +48,27 @@ def _packaged(name) -> pathlib.PurePath:
   if path.parts[:1] == ("configs",) and not pathlib.Path("configs").is_dir():
     return pathlib.PurePath(*path.parts[1:])
   return path
+
+
+def run(file: pathlib.Path, arg: str):
+  """What `get_config(arg)` of the file returns; called without an argument if `arg` is empty.
+
+  Raises:
+    AttributeError, ImportError and whatever the file raises; `spell` makes it one line.
+  """
+  spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+  if spec is None or spec.loader is None:
+    raise ImportError("not a Python file; give a config such as configs/tiny.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise AttributeError("it defines no get_config(arg=None)")
+  return module.get_config(arg) if arg else module.get_config()
+
+
+def spell(file: pathlib.Path, error: BaseException) -> str:
+  """One line that names the file, its last line on the way to the error, and the error."""
+  lines = [f", line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
+           if frame.filename == str(file)]
+  return f"{file}{lines[-1] if lines else ''}: {type(error).__name__}: " + " ".join(
+    str(error).split())

@@ -72,18 +72,20 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
               axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def check_divisible(cfg: Config, mesh: Mesh):
-  """Raises a UserError naming the first model or batch size that the mesh cannot split."""
+def check_divisible(cfg: Config, mesh: Mesh, *, rows: bool = True):
+  """Raises a UserError naming the first size of the model, or of a batch (`rows`), that the mesh
+  cannot split."""
   model, size = cfg.model, mesh.shape
-  rows = math.prod(size[axis] for axis in BATCH_AXES)
   wanted = [
     ("model.num_heads", model.num_heads, "tensor", size["tensor"]),
     ("model.num_kv_heads", model.num_kv_heads, "tensor", size["tensor"]),
     ("model.vocab_size", model.vocab_size, "tensor", size["tensor"]),
     ("model.d_model", model.d_model, "fsdp", size["fsdp"]),
-    ("data.batch_size / train.grad_accum", cfg.data.batch_size // cfg.train.grad_accum,
-     "data * fsdp * expert", rows),
   ]
+  if rows:
+    wanted.append(("data.batch_size / train.grad_accum",
+                   cfg.data.batch_size // cfg.train.grad_accum, "data * fsdp * expert",
+                   math.prod(size[axis] for axis in BATCH_AXES)))
   if model.moe is None:
     wanted.append(("model.d_ff", model.d_ff, "tensor", size["tensor"]))
     if size["expert"] > 1:

@@ -19,6 +19,8 @@ else:
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")   # programs keep nothing in the user's cache
+
 import jax  # noqa: E402  (after the flags)
 
 jax.config.update("jax_num_cpu_devices", 8)

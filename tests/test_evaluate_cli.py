@@ -94,6 +94,27 @@ def test_evaluate_recall_tasks(run, tmp_path, monkeypatch, capsys):
   assert "qa_1_syn" in out and "answers generated greedily" in out
 
 
+def test_recall_tasks_have_lengths_that_they_need(run, tmp_path, monkeypatch, capsys):
+  """Rows of 64 tokens are too short for most tasks; the default lengths are not."""
+  code, out, err = _call(evaluate, monkeypatch, capsys, f"--workdir={tmp_path}", "--json",
+                         "--tasks=ruler", "--samples=1", run=run)
+  assert code in (0, None), err
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert [row["task"] for row in rows] == list(token_tasks.RULER)
+  assert all(row["lengths"] == [192] for row in rows)
+
+
+def test_results_outlive_their_pictures(run, tmp_path, monkeypatch, capsys):
+  """The folder of the pictures cannot be made; an empty depth bin is null, not NaN."""
+  (tmp_path / "plots").write_text("in the way")
+  code, out, err = _call(evaluate, monkeypatch, capsys, f"--workdir={tmp_path}", "--json",
+                         "--tasks=mqar", "--lengths=64", "--samples=1", run=run)
+  assert code in (0, None)
+  row = json.loads(out, parse_constant=pytest.fail)
+  assert row["plots"] == [] and None in sum(row["by_depth"], [])
+  assert err.startswith("warning: no pictures: ") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments, message", [
   (["--tasks=qa_1", "--form=text"], "its synthetic stand-in is qa_1_syn"),
   (["--tasks=cwe", "--lengths=100"], "cwe needs at least 158 tokens, got length 100"),

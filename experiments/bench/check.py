@@ -9,7 +9,6 @@ explains or if a pick is wrong.
 """
 
 import functools
-import json
 import sys
 
 import jax
@@ -42,6 +41,7 @@ TIE = 2e-5        # closer log weights are equal: float32 sums of 128 products i
 
 PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu", "triton": "gpu"}
 
+flags.declare_key_flag(cli.JSON)
 _IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Of the ops; None: the platform's.")
 
 
@@ -142,7 +142,7 @@ def main(argv):
       for segmented in (False, True):
         row = {"shape": name} | check(op, shape, segmented, _IMPLEMENTATION.value)
         failed += not row["ok"]
-        print(json.dumps(row) if cli.JSON.value else
+        print(cli.to_json(row) if cli.JSON.value else
               f"{'ok ' if row['ok'] else 'BAD'} {op:26} {name:10} "
               f"{'segments' if segmented else '        '} out {row['error']:.1e} gradients "
               f"{row['gradient_error']:.1e} same bits {row['same_bits_twice']}", flush=True)

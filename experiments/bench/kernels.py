@@ -39,6 +39,8 @@ AT_32K = ("trace", "early", "walk r=0.5", "walk r=1", "walk r=2", "random")
 ELSEWHERE = ("walk r=1", "random")
 PEAK_TFLOPS = 790.0     # H200, 8192 x 8192 x 8192, random bf16
 
+flags.declare_key_flag(cli.JSON)
+flags.adopt_module_key_flags(rows)
 _PLATFORM = flags.DEFINE_enum("platform", "gpu", list(PASSES), "What runs, or is counted.")
 _GENERATION = flags.DEFINE_list("generation", ["v5e", "v5p", "v6e"], "TPUs of tpu_static.")
 _OP = flags.DEFINE_list("op", ["block_sparse_attention"], "Which: " + ", ".join(OPS))

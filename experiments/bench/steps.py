@@ -36,6 +36,9 @@ from .. import cli, rows
 # tokens of 3.5 bytes, and the logarithm's standard deviation 1.6.
 MEDIAN_DOCUMENT, LOG_DEVIATION = 2000, 1.6
 
+for _flag in (cli.CONFIG, cli.SET, cli.MESH, cli.JSON):
+  flags.declare_key_flag(_flag)
+flags.adopt_module_key_flags(rows)
 _BASELINES = flags.DEFINE_list("baselines", ["full"], "Which baselines beside it: full, swa.")
 flags.DEFINE_alias("twins", "baselines")      # its former name
 _STEPS = flags.DEFINE_integer("steps", 8, "Timed steps; the median counts.")

@@ -42,6 +42,9 @@ from . import plan as reproduce_plan
 from . import report as reproduce_report
 from .plan import Piece, Preset, Run
 
+for _flag in (cli.SET, cli.WORKDIR):
+  flags.declare_key_flag(_flag)
+flags.declare_key_flag(rows.COMMIT)
 _PRESET = flags.DEFINE_string("preset", None, "smoke or h200.")
 _PIECE = flags.DEFINE_list("piece", None, "Numbers of the pieces to run, such as 3,4; see --list.")
 _LIST = flags.DEFINE_bool("list", False, "Show the pieces and what they will cost, and stop.")
@@ -130,7 +133,7 @@ def _run_piece(preset: Preset, piece: Piece, workdir) -> bool:
     if one.watched:
       _look_inside(preset, one, cfg, folder, workdir)
     with (workdir / "results.jsonl").open("a") as file:
-      file.write(json.dumps(row) + "\n")
+      file.write(cli.to_json(row) + "\n")
     shutil.rmtree(folder / "checkpoints")
     jax.clear_caches()      # no later run compiles the same programs
   return True
@@ -199,7 +202,7 @@ def _look_inside(preset, one: Run, cfg, folder, workdir):
   found = [{"preset": preset.name, "model": one.model, "seed": one.seed,
             "block_size": cfg.model.block_size, "picks": cfg.model.num_blocks, **row}
            for row in found]
-  (workdir / "overlap.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept + found))
+  (workdir / "overlap.jsonl").write_text("".join(cli.to_json(row) + "\n" for row in kept + found))
   from hysparse_jax import plots  # matplotlib is slow to import
   plots.oracle_figures(last, workdir / "plots" / one.model, block_size=cfg.model.block_size)
   mechanism.save_selection(folder, preset.selection_tokens,

@@ -1,6 +1,8 @@
 """Turning logits into text: temperature, top-k, top-p, a seed, stop tokens, a stream."""
 
+import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from hysparse_jax import sharding
 from hysparse_jax.config import ModelConfig
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference.text_stream import TextStream
@@ -67,9 +70,13 @@ class _Programs(NamedTuple):
   decode: Callable        # (model, tokens i32 [B], cache) -> logits, cache
 
 
-def _programs_of(model: Transformer) -> _Programs:
+def _mesh_of(model: Transformer) -> jax.sharding.Mesh | None:
   place = jax.tree.leaves(model)[0].sharding
-  return _programs(model.cfg, place.mesh if isinstance(place, NamedSharding) else None)
+  return place.mesh if isinstance(place, NamedSharding) else None
+
+
+def _programs_of(model: Transformer) -> _Programs:
+  return _programs(model.cfg, _mesh_of(model))
 
 
 @functools.lru_cache(maxsize=8)
@@ -117,7 +124,19 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     raise UserError(f"the prompt is empty (shape {prompt.shape}); give at least one token per row")
   check_tokens(prompt, model.cfg.vocab_size)
   prompt = prompt.astype(np.int32)
-  _check_settings(max_new_tokens, temperature, top_k, top_p)
+  _check_settings(max_new_tokens, temperature, top_k, top_p, seed)
+  mesh, rows = _mesh_of(model), prompt.shape[0]
+  if mesh is not None and mesh.size > 1:      # as many rows as its batch axes can split
+    parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    prompt = np.pad(prompt, ((0, -rows % parts), (0, 0)), mode="edge")
+  with contextlib.nullcontext() if mesh is None or mesh.size == 1 else jax.set_mesh(mesh):
+    return _generate(
+      model, prompt, rows, max_new_tokens, jax.random.key(seed), stop_tokens, on_token,
+      temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def _generate(model, prompt, rows, max_new_tokens, key, stop_tokens, on_token, **settings):
+  """`generate` of checked arguments; of the prompt's rows the first `rows` count."""
   batch, length = prompt.shape
   programs = _programs_of(model)
   cache = programs.empty_cache(batch, padded_length(length + max_new_tokens))
@@ -127,12 +146,10 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     used = chunk.shape[1]
     chunk = np.pad(chunk, ((0, 0), (0, size - used)))
     logits, cache = programs.prefill(model, chunk, cache, np.full((batch,), used, np.int32))
-  key = jax.random.key(seed)
-  done = np.zeros((batch,), bool)
+  done = np.zeros((rows,), bool)
   out: list[np.ndarray] = []
   for index in range(max_new_tokens):
-    tokens = np.asarray(sample_token(logits, jax.random.fold_in(key, index),
-                                     temperature=temperature, top_k=top_k, top_p=top_p))
+    tokens = np.asarray(sample_token(logits[:rows], jax.random.fold_in(key, index), **settings))
     if (tokens < 0).any():
       raise FloatingPointError(f"the logits of new token {index} are NaN; the weights are broken")
     if out:
@@ -142,14 +159,15 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     done |= np.isin(tokens, stop_tokens)
     if ended or done.all() or index == max_new_tokens - 1:
       break
-    logits, cache = programs.decode(model, tokens, cache)
+    logits, cache = programs.decode(
+      model, np.pad(tokens, (0, batch - rows), mode="edge"), cache)
   return np.stack(out, axis=1)
 
 
 def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: int, *,
                   stop: str | None = None, on_text: Callable[[str], None] | None = None,
                   **settings) -> str:
-  """Continues a text: what follows `prompt`, up to and without the first `stop`.
+  """Continues a text: `decode(prompt + new)` after `decode(prompt)`, without the first `stop`.
 
       run = load_run("runs/tiny")       # of hysparse_jax.inference.load
       print(generate_text(run.model, run.tokenizer, "def main(", 200, temperature=0.8, seed=1))
@@ -173,7 +191,8 @@ def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: in
   except UnicodeEncodeError as error:
     raise UserError(f"the prompt is not valid Unicode at character {error.start}; give UTF-8 "
                     "text") from error
-  stream = TextStream(tokenizer, stop)
+  ids = np.asarray(tokenizer.encode(prompt))
+  stream = TextStream(tokenizer, stop, ids)
   shown = []
 
   def show(text):
@@ -185,18 +204,19 @@ def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: in
     show(stream.add(int(tokens[0])))
     return stream.stopped
 
-  generate(model, np.asarray(tokenizer.encode(prompt))[None], max_new_tokens, on_token=on_token,
-           **settings)
+  generate(model, ids[None], max_new_tokens, on_token=on_token, **settings)
   show(stream.finish())
   return "".join(shown)
 
 
-def _check_settings(max_new_tokens, temperature, top_k, top_p):
+def _check_settings(max_new_tokens, temperature, top_k, top_p, seed):
   if max_new_tokens < 1:
     raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
   if not temperature >= 0:
     raise UserError(f"temperature is {temperature}; it must be at least 0")
   if top_k < 0:
     raise UserError(f"top_k is {top_k}; it must be at least 0 (0 keeps all)")
+  if not 0 <= seed < 2**63:
+    raise UserError(f"seed is {seed}; it must be at least 0 and less than 2**63")
   if not 0 < top_p <= 1:
     raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")

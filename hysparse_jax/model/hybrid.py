@@ -201,7 +201,8 @@ class HybridBlock(nnx.Module):
     for r, (layers, run) in enumerate(zip(self.runs, self.group.runs)):
       ring = None if cache is None else cache.rings[r]
       (x, ring), stats = jax.lax.scan(
-        rematerialised(self.cfg, "layer", step), (x, ring), (jnp.arange(run.count), layers))
+        rematerialised(self.cfg, "layer", step), (x, ring),
+        (jnp.arange(run.count, dtype=jnp.int32), layers))
       rings.append(ring)
       all_stats.append(stats)
     cache = None if cache is None else cache._replace(rings=tuple(rings))
@@ -230,7 +231,8 @@ class HybridStack(nnx.Module):
     for index, (blocks, group) in enumerate(zip(self.groups, self.cfg.layer_groups)):
       cache = None if caches is None else caches[index]
       (x, cache), stats = jax.lax.scan(
-        rematerialised(self.cfg, "block", step), (x, cache), (jnp.arange(group.count), blocks))
+        rematerialised(self.cfg, "block", step), (x, cache),
+        (jnp.arange(group.count, dtype=jnp.int32), blocks))
       new_caches.append(cache)
       all_stats.append(stats)
     return x, None if caches is None else tuple(new_caches), tuple(all_stats)

@@ -89,9 +89,9 @@ class Transformer(nnx.Module):
         values are not known, the logits of such a row are NaN instead.
     """
     batch, count = tokens.shape
-    lengths = jnp.full((batch,), count, jnp.int32) if lengths is None else jnp.asarray(lengths)
+    lengths = jnp.full((batch,), count if lengths is None else lengths, jnp.int32)
     self._check(tokens, cache, lengths)
-    steps = jnp.arange(count)[None]
+    steps = jnp.arange(count, dtype=jnp.int32)[None]
     context = TokenContext(cache.length[:, None] + steps, valid=steps < lengths[:, None])
     x, groups, _ = self.stack(self.embed(tokens), context, cache.groups)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]

@@ -48,12 +48,9 @@ def sample(task: str, tokenizer, length: int, number: int, *, seed: int = 0) -> 
   Raises:
     UserError: no such task, or a length with no room for its smallest prompt.
   """
-  check_task(task)
-  spec = TASKS[task]
-  build = lambda units: spec.make(
-    _Maker(np.random.default_rng((list(TASKS).index(task), seed, number))), units)
-  count = lambda units: len(tokenizer.encode(build(units).prompt)) + spec.new_tokens + MARGIN
-  smallest = count(0)
+  build = functools.partial(_build, task, number, seed)
+  count = lambda units: _count(task, tokenizer, build(units))
+  smallest = min_length(task, tokenizer, number, seed=seed)
   if smallest > length:
     raise UserError(f"{task} needs at least {smallest} tokens with this tokenizer, got length "
                     f"{length}")
@@ -69,6 +66,21 @@ def sample(task: str, tokenizer, length: int, number: int, *, seed: int = 0) -> 
     units += step if count(units + step) <= length else 0
     step //= 2
   return build(units)
+
+
+def min_length(task: str, tokenizer, number: int, *, seed: int = 0) -> int:
+  """The shortest that sample `number` of a task can be, in tokens, the answer included."""
+  check_task(task)
+  return _count(task, tokenizer, _build(task, number, seed, 0))
+
+
+def _build(task, number, seed, units) -> TextSample:
+  return TASKS[task].make(
+    _Maker(np.random.default_rng((list(TASKS).index(task), seed, number))), units)
+
+
+def _count(task, tokenizer, sample) -> int:
+  return len(tokenizer.encode(sample.prompt)) + TASKS[task].new_tokens + MARGIN
 
 
 def check_task(task: str):
