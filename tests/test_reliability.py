@@ -5,12 +5,17 @@ import os
 import signal
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hysparse_jax import config
 from hysparse_jax.errors import UserError
 from hysparse_jax.training import console, metrics, run, signals
+from hysparse_jax.training import step as train_step
+from hysparse_jax.training.loop import train
+from tests.test_configs import REPO
 from tests.test_run import tiny_moe
 
 
@@ -167,3 +172,57 @@ def test_pictures_leave_the_process_backend_alone(tmp_path):
   assert plots.run_figures([{"step": 1, "loss": None}, {"step": 2, "loss": 1.0}], tmp_path)
   assert matplotlib.rcParams._get("backend") == before
   assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def debug(*settings):
+  return config.override(config.load(str(REPO / "configs/debug.py")), "train.steps=6",
+                         "train.log_every=4", "train.checkpoint_every=1",
+                         "train.keep_checkpoints=1", "train.eval_every=2",
+                         "data.batch_size=8", *settings)
+
+
+def test_training_in_a_thread_and_a_weight_that_turns_nan(tmp_path, monkeypatch):
+  """Saves more frequent than log rows: the last good state stays, and has its rows."""
+  build, made = train_step.build, []
+
+  def poisoned(*args):
+    program = build(*args)
+    made.append(program)
+
+    def step(state, batch):
+      state, result = program.step(state, batch)
+      if int(state.step) == 4:
+        state = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype == jnp.float32 else leaf,
+                             state)
+      return state, result
+
+    return program._replace(step=step)
+
+  errors = []
+
+  def work():
+    try:
+      train(debug(), tmp_path)
+    except FloatingPointError as error:
+      errors.append(str(error))
+
+  monkeypatch.setattr(train_step, "build", poisoned)
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert len(errors) == 1 and "not finite after step 4" in errors[0]
+  assert "the checkpoint of step 3 is good" in errors[0]
+  assert [row["step"] for row in metrics.read(tmp_path) if "loss" in row] == [1, 2, 3, 4]
+
+  monkeypatch.setattr(train_step, "build", lambda *args: made[0])      # compiled once
+  assert train(debug(), tmp_path)["step"] == 6
+  rows = metrics.read(tmp_path)
+  assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+  assert [row["step"] for row in rows if "heldout_loss" in row] == [2, 4, 6]
+  train(debug(), tmp_path)                                             # done: nothing twice
+  assert [row["step"] for row in metrics.read(tmp_path) if "heldout_loss" in row] == [2, 4, 6]
+
+  (tmp_path / "checkpoints").rename(tmp_path / "moved")
+  with pytest.raises(UserError, match="another model or optimizer"):
+    train(debug("model.window=16"), tmp_path)
+  assert metrics.read(tmp_path)[0]["step"] == 1
