@@ -22,7 +22,6 @@ from hysparse_jax.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 IMPLEMENTATIONS = (None, "reference", "mosaic_gpu", "mosaic_tpu", "triton")
-
 RENAMED = {"rope_base": "rope.base"}   # fields of `ModelConfig`; configs of old runs still load
 
 
@@ -524,8 +523,8 @@ def _section(section, name):
 
 
 def _parse(text, kind, path):
-  value, not_literal = text, (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
-  with contextlib.suppress(*not_literal), warnings.catch_warnings(action="ignore"):
+  value, no_literal = text, (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+  with contextlib.suppress(*no_literal), warnings.catch_warnings(action="ignore"):
     value = ast.literal_eval(text)
   if not _fits(value, kind) and _fits(text, kind):
     value = text
