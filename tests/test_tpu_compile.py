@@ -37,8 +37,8 @@ def nbytes(x):
 
 # The kernels and their VMEM depend on the generation, the group and the tiles. From 8,192 tokens on
 # every length has the same tiles, but the oracle's scores and the block-sparse keys in VMEM grow
-# with the keys: these are at their largest at 131,072, and under a gradient from 65,536 on where VMEM is
-# 128 MB. Where VMEM is the smallest, both groups, and one chunk of the keys and several.
+# with the keys, to their largest at 131,072; under a gradient at 65,536 where VMEM is 128 MB. Where
+# VMEM is the smallest, both groups, and one chunk of the keys and several.
 SIZES = {
   "oracle_attention": [("v5p", 8_192, "7b"), ("v5p", 131_072, "80b"), ("v5e", 131_072, "80b"),
                        ("v6e", 131_072, "7b")],
