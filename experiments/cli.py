@@ -55,7 +55,7 @@ def load_config() -> config.Config:
 
 def load_options() -> dict:
   """The arguments of `load_run` that `--mesh` and `--dtype` give: those that were given."""
-  options = {} if DTYPE.value is None else {"dtype": DTYPE.value}
+  options: dict = {} if DTYPE.value is None else {"dtype": DTYPE.value}
   if MESH.value is not None:
     from hysparse_jax import sharding  # imports jax, which `account` does without
     one = config.Config(mesh=config.MeshConfig(fsdp=1))

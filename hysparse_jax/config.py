@@ -332,7 +332,7 @@ class DataConfig(_Checked):
                          "task_positions", "task_warmup_steps")
     self._check_unit_interval("task_share")
     for name, path in (("source", self.source), ("tokenizer", self.tokenizer)):
-      _require(path.strip() and "://" not in path,
+      _require(path.strip() != "" and "://" not in path,
                f"data.{name} is {path!r}; give a path of this machine, such as that of a mount")
     _require(0.0 < self.heldout_fraction < 1.0,
              f"data.heldout_fraction is {self.heldout_fraction}; it must be between 0 and 1")
@@ -455,8 +455,7 @@ def load(path: str | pathlib.Path, *assignments: str) -> Config:
     UserError: no such file, no `get_config`, or a config that fails its checks.
   """
   filename, _, arg = str(path).partition(":")
-  file = config_files.find(filename)
-  _require(file, f"no config file {filename}{config_files.hint(filename)}")
+  file = config_files.located(filename)
   try:
     cfg = config_files.run(file, arg)
   except UserError:
@@ -523,8 +522,9 @@ def _section(section, name):
 
 
 def _parse(text, kind, path):
-  value, no_literal = text, (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
-  with contextlib.suppress(*no_literal), warnings.catch_warnings(action="ignore"):
+  value = text     # unless it is a literal
+  with (contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
+        warnings.catch_warnings(action="ignore")):
     value = ast.literal_eval(text)
   if not _fits(value, kind) and _fits(text, kind):
     value = text

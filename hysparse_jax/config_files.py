@@ -8,6 +8,8 @@ import importlib.util
 import pathlib
 import traceback
 
+from hysparse_jax.errors import UserError
+
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 FOLDER = next(filter(pathlib.Path.is_dir, (_PACKAGE / "configs", _PACKAGE.parent / "configs")),
               _PACKAGE / "configs")
@@ -26,6 +28,14 @@ def find(name: str) -> pathlib.Path | None:
   packaged = _packaged(name)
   file = FOLDER / (packaged if packaged.suffix == ".py" else f"{packaged}.py")
   return file if not path.is_absolute() and ".." not in path.parts and file.is_file() else None
+
+
+def located(name: str) -> pathlib.Path:
+  """`find`, or a UserError that says what is there."""
+  file = find(name)
+  if file is None:
+    raise UserError(f"no config file {name}{hint(name)}")
+  return file
 
 
 def hint(name: str) -> str:

@@ -72,7 +72,8 @@ class _Programs(NamedTuple):
 
 def _mesh_of(model: Transformer) -> jax.sharding.Mesh | None:
   place = jax.tree.leaves(model)[0].sharding
-  return place.mesh if isinstance(place, NamedSharding) else None
+  mesh = place.mesh if isinstance(place, NamedSharding) else None
+  return mesh if isinstance(mesh, jax.sharding.Mesh) else None
 
 
 def _programs_of(model: Transformer) -> _Programs:
