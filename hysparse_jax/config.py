@@ -5,15 +5,12 @@ A config file defines `get_config(arg=None) -> Config`. `load("configs/tiny.py:a
 Modules receive their own section whole; nothing is copied from field to field.
 """
 
-import ast
-import contextlib
 import dataclasses
 import difflib
 import itertools
 import pathlib
 import types
 import typing
-import warnings
 from typing import Literal
 
 from hysparse_jax import config_files
@@ -455,7 +452,9 @@ def load(path: str | pathlib.Path, *assignments: str) -> Config:
     UserError: no such file, no `get_config`, or a config that fails its checks.
   """
   filename, _, arg = str(path).partition(":")
-  file = config_files.located(filename)
+  file = config_files.find(filename)
+  if file is None:
+    raise UserError(f"no config file {filename}{config_files.hint(filename)}")
   try:
     cfg = config_files.run(file, arg)
   except UserError:
@@ -522,10 +521,7 @@ def _section(section, name):
 
 
 def _parse(text, kind, path):
-  value = text     # unless it is a literal
-  with (contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
-        warnings.catch_warnings(action="ignore")):
-    value = ast.literal_eval(text)
+  value = config_files.literal(text)
   if not _fits(value, kind) and _fits(text, kind):
     value = text
   _require(_fits(value, kind),

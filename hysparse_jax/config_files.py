@@ -3,12 +3,13 @@
 In an installed package they are `hysparse_jax/configs/`, in a checkout `configs/` beside it.
 """
 
+import ast
+import contextlib
 import difflib
 import importlib.util
 import pathlib
 import traceback
-
-from hysparse_jax.errors import UserError
+import warnings
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 FOLDER = next(filter(pathlib.Path.is_dir, (_PACKAGE / "configs", _PACKAGE.parent / "configs")),
@@ -28,14 +29,6 @@ def find(name: str) -> pathlib.Path | None:
   packaged = _packaged(name)
   file = FOLDER / (packaged if packaged.suffix == ".py" else f"{packaged}.py")
   return file if not path.is_absolute() and ".." not in path.parts and file.is_file() else None
-
-
-def located(name: str) -> pathlib.Path:
-  """`find`, or a UserError that says what is there."""
-  file = find(name)
-  if file is None:
-    raise UserError(f"no config file {name}{hint(name)}")
-  return file
 
 
 def hint(name: str) -> str:
@@ -82,3 +75,11 @@ def spell(file: pathlib.Path, error: BaseException) -> str:
            if frame.filename == str(file)]
   return f"{file}{lines[-1] if lines else ''}: {type(error).__name__}: " + " ".join(
     str(error).split())
+
+
+def literal(text: str):
+  """The value of a Python literal, and `text` itself where it is none."""
+  with (contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
+        warnings.catch_warnings(action="ignore")):
+    return ast.literal_eval(text)
+  return text

@@ -11,7 +11,7 @@ MOST_LEVELS = 7
 # Kernels are one idea each and may be longer. LONGER names files that exceed it and may only
 # shrink.
 MOST_LINES = {"hysparse_jax": 400, "experiments": 400, "configs": 400, "pallas_kernels": 600}
-LONGER = {"hysparse_jax/config.py": 593}
+LONGER = {"hysparse_jax/config.py": 589}
 
 
 def module_name(path):
