@@ -17,7 +17,7 @@ for _flag in (cli.CONFIG, cli.SET, cli.JSON):
 _TOKENS = flags.DEFINE_integer("tokens", None, "Sequence length; default: data.seq_len.")
 _KV_DTYPE = flags.DEFINE_enum("kv_dtype", "bf16", list(accounting.KV_DTYPE_BYTES),
                               "Element type of the KV cache.")
-_PICTURE = flags.DEFINE(cli.PATH, "picture", None,
+_PICTURE = flags.DEFINE(cli.FILE, "picture", None,
                         "Also draw the layers and the cache to this PNG.")
 
 
@@ -29,8 +29,9 @@ def main(argv):
   if _PICTURE.value:
     from hysparse_jax import plots  # matplotlib is slow to import
     full = cfg.model.layer_kinds.count("full")
-    plots.architecture(cfg.model, _PICTURE.value, title=f"{cli.CONFIG.value}: "
-                       f"{cfg.model.num_layers} layers, {full} of them full attention")
+    cli.drawn(lambda: [plots.architecture(
+      cfg.model, _PICTURE.value, title=f"{cli.CONFIG.value}: {cfg.model.num_layers} layers, "
+      f"{full} of them full attention")])
   if cli.JSON.value:
     print(cli.to_json(accounting.account_row(cfg.model, tokens, _KV_DTYPE.value)))
     return

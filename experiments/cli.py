@@ -10,9 +10,10 @@ import json
 import math
 import os
 import pathlib
+import stat
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from absl import app, flags, logging
 
@@ -29,7 +30,19 @@ class _PathParser(flags.ArgumentParser):
     return os.path.expanduser(argument)
 
 
+class _FileParser(_PathParser):
+  """Paths of files to write: no folder, no device, no pipe, which perhaps nobody reads."""
+
+  def parse(self, argument):
+    path = super().parse(argument)
+    with contextlib.suppress(OSError):         # what is not there yet is made
+      if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("this is a folder, a pipe or a device; give a file")
+    return path
+
+
 PATH = _PathParser()     # flags.DEFINE(cli.PATH, name, default, help)
+FILE = _FileParser()     # for what a program writes
 
 CONFIG = flags.DEFINE(PATH, "config", None, "Config file such as configs/mine.py, or the "
                                             "name of a packaged one: tiny, tiny:full.")
@@ -80,6 +93,20 @@ def warn(text):
   """One line on stderr, for what does not stop the program."""
   with contextlib.suppress(OSError, AttributeError):       # AttributeError: stderr is closed
     print("warning:", " ".join(str(text).split()), file=sys.stderr, flush=True)
+
+
+def drawn(draw: Callable[[], Iterable]) -> list[str]:
+  """Paths of the pictures that `draw()` makes; one that cannot be drawn is a warning.
+
+  A picture shows results that are there already: failing to draw it must not lose them.
+  """
+  paths: list[str] = []
+  try:
+    for path in draw():
+      paths.append(str(path))
+  except Exception as error:       # whatever a drawing library or a file system raises
+    warn(f"no pictures: {type(error).__name__}: {error}")
+  return paths
 
 
 def _axes() -> list[str]:

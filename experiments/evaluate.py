@@ -134,7 +134,7 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
         found = [row]
     for part in shown:
       show(part)
-    paths = _drawn(draw)
+    paths = cli.drawn(draw)
     for part in (*(f"wrote {path}" for path in paths), ""):
       show(part)
     for task, row in zip(names, found):
@@ -142,15 +142,6 @@ def evaluate(workdir, tasks=None, settings: Settings | None = None,
       if on_row is not None:
         on_row(rows[-1])
   return rows
-
-
-def _drawn(draw) -> list[str]:
-  """Paths of the pictures; one that cannot be drawn or written is a warning, no lost result."""
-  try:
-    return [str(path) for path in draw()]
-  except Exception as error:       # whatever a drawing library or a file system raises
-    cli.warn(f"no pictures: {type(error).__name__}: {error}")
-    return []
 
 
 def _on_mesh(mesh, settings, tasks, cfg):

@@ -60,11 +60,14 @@ def main(argv):
 
   console.print("which blocks tokens pick, and how much attention they cover:", style="bold")
   evaluate(workdir / "hysparse", ["oracle"], Settings(batches=1), console)
-  for path in (
-      plots.compare_runs({name: metrics.read(workdir / name) for name in results},
-                         workdir / "plots" / "loss.png"),
-      plots.architecture(cfg.model, workdir / "plots" / "architecture.png",
-                         title=f"configs/tiny.py: {cfg.model.num_layers} layers")):
+
+  def draw():
+    yield plots.compare_runs({name: metrics.read(workdir / name) for name in results},
+                             workdir / "plots" / "loss.png")
+    yield plots.architecture(cfg.model, workdir / "plots" / "architecture.png",
+                             title=f"configs/tiny.py: {cfg.model.num_layers} layers")
+
+  for path in cli.drawn(draw):
     console.print(f"wrote {path}", soft_wrap=True)
   console.print(f"\n{time.perf_counter() - begun:.0f} s in all. Next: change one field, such as "
                 "--set model.window=16, or read hysparse_jax/model/hybrid.py.")

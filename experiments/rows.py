@@ -8,7 +8,7 @@ from absl import flags
 
 from . import cli
 
-_APPEND = flags.DEFINE(cli.PATH, "append", None, "File to add the rows to, one JSON object a line.")
+_APPEND = flags.DEFINE(cli.FILE, "append", None, "File to add the rows to, one JSON object a line.")
 COMMIT = flags.DEFINE_string("commit", None, "Commit to name in the rows; default git's.")
 
 

@@ -12,8 +12,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import account, cli, compile_tpu, evaluate, generate, quickstart, train
+from experiments.bench import kernels
 from hysparse_jax import config
 from hysparse_jax.errors import UserError
+from hysparse_jax.inference.load import Run
 
 
 def call(monkeypatch, capsys, program, *arguments):
@@ -52,7 +54,7 @@ BAD_FLAGS = {
   "deep_literal": (account, [TINY, "--set=model.window=" + "(" * 9000], "expected int, got str"),
   "implementation": (account, [TINY, "--set=model.implementation=refrence"],
                      "implementation is 'refrence'; allowed: None, 'reference'"),
-  "unwritable": (account, [TINY, "--picture=/dev/null/x.png"], "/dev/null"),
+  "picture_folder": (account, [TINY, "--picture=/tmp"], "this is a folder, a pipe or a device"),
   "huge": (account, [TINY, f"--tokens={10**400}"], "too large"),
 }
 
@@ -138,6 +140,37 @@ def test_a_config_file_that_raises(text, message, tmp_path):
     config.load(str(path))
   assert message in str(caught.value) and "\n" not in str(caught.value)
   assert str(path) in str(caught.value)
+
+
+def test_a_pipe_that_nobody_reads_is_refused(tmp_path, monkeypatch, capsys):
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  for program, flag in ((account, "picture"), (kernels, "append")):
+    code, out, err = call(monkeypatch, capsys, program, f"--{flag}={pipe}")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: ") and "this is a folder, a pipe or a device" in err
+    assert pipe.is_fifo()
+
+
+def test_the_account_outlives_its_picture(tmp_path, monkeypatch, capsys):
+  (tmp_path / "file").write_text("in the way")
+  code, out, err = call(monkeypatch, capsys, account, TINY, f"--picture={tmp_path}/file/x.png")
+  assert code == 0 and "parameters by group" in out
+  assert err.startswith("warning: no pictures: ") and err.count("\n") == 1
+
+
+def test_the_quickstart_outlives_its_pictures(tmp_path, monkeypatch, capsys):
+  """What it trains, loads and evaluates is replaced; the folder of the pictures is a file."""
+  (tmp_path / "plots").write_text("in the way")
+  figures = {"bits_per_byte": 2.0, "tokens_per_second": 1.0, "preempted": False}
+  for name, value in {
+      "train": figures, "load_run": Run(None, None, None, 1), "generate_text": "a sample",
+      "evaluate": [], "_unigram_bits": 4.5}.items():
+    monkeypatch.setattr(quickstart, name, lambda *_, value=value, **__: value)
+  monkeypatch.setattr(quickstart.metrics, "read", lambda _: [{"step": 1, "loss": 1.0}])
+  code, out, err = call(monkeypatch, capsys, quickstart, f"--workdir={tmp_path}")
+  assert code == 0 and "a sample" in out and "s in all. Next:" in out
+  assert err.startswith("warning: no pictures: ") and err.count("\n") == 1
 
 
 def test_json_has_no_nan():

@@ -70,7 +70,7 @@ class HuggingFaceTokenizer:
     if self.vocab_size == 0:
       raise UserError(f"{path}: the vocabulary is empty; train the tokenizer first")
     self.byte_lengths = _byte_lengths(self._tokenizer, vocabulary, self.vocab_size)
-    self.fingerprint = "tokenizer.json sha256:" + hashlib.sha256(data).hexdigest()
+    self.fingerprint = fingerprint_of(data)
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Ids i32 [T], no special tokens added; bytes that are not UTF-8 become U+FFFD first."""
@@ -94,6 +94,11 @@ class HuggingFaceTokenizer:
                  self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     flat = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
     return flat, _starts(map(len, pieces))
+
+
+def fingerprint_of(content: bytes) -> str:
+  """The `fingerprint` of the tokenizer whose tokenizer.json holds `content`."""
+  return "tokenizer.json sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def load_tokenizer(cfg: DataConfig) -> ByteTokenizer | HuggingFaceTokenizer:

@@ -63,7 +63,7 @@ def load_run(workdir, step: int | None = None, mesh: jax.sharding.Mesh | None = 
   cfg = dataclasses.replace(cfg, data=run.own_data(folder, cfg.data))
   tokenizer = load_tokenizer(cfg.data)
   if "data" in extra:
-    run.check_tokenizer(tokenizer, extra["data"]["tokenizer"])
+    run.check_tokenizer(tokenizer.fingerprint, extra["data"]["tokenizer"])
   model = state["model"] if dtype is None else with_dtype(state.pop("model"), dtype)
   return Run(cfg, model, tokenizer, step)
 

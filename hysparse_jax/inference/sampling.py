@@ -17,6 +17,7 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.inference.text_stream import TextStream
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.transformer import Transformer, check_tokens
+from hysparse_jax.seeds import key_of
 
 PREFILL_CHUNK = 512   # tokens per prefill call of longer prompts
 SHORTEST = 64         # tokens that a cache has room for at least
@@ -132,7 +133,7 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     prompt = np.pad(prompt, ((0, -rows % parts), (0, 0)), mode="edge")
   with contextlib.nullcontext() if mesh is None or mesh.size == 1 else jax.set_mesh(mesh):
     return _generate(
-      model, prompt, rows, max_new_tokens, jax.random.key(seed), stop_tokens, on_token,
+      model, prompt, rows, max_new_tokens, key_of(seed), stop_tokens, on_token,
       temperature=temperature, top_k=top_k, top_p=top_p)
 
 

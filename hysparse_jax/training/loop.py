@@ -11,6 +11,7 @@ from hysparse_jax import accounting, config, sharding
 from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
 from hysparse_jax.model.transformer import implementations_of
+from hysparse_jax.seeds import key_of
 from hysparse_jax.training import console, losses, metrics, run, signals
 from hysparse_jax.training import step as train_step
 from hysparse_jax.training.checkpoint import Checkpoints
@@ -78,7 +79,7 @@ def train(cfg: config.Config, workdir,
     # The newest good checkpoint, or new weights.
     if checkpoints.latest_step() is None:
       _check_new(workdir, cfg)
-      state, start = program.init(jax.random.key(cfg.train.seed)), 0
+      state, start = program.init(key_of(cfg.train.seed)), 0
     else:
       was = run.saved_config(workdir, checkpoints.extra())
       changes = run.check_same_model(workdir, was, cfg)

@@ -14,7 +14,7 @@ import socket
 
 from hysparse_jax import config
 from hysparse_jax.data.corpus import absolute
-from hysparse_jax.data.tokenizer import load_tokenizer
+from hysparse_jax.data.tokenizer import fingerprint_of
 from hysparse_jax.errors import UserError
 from hysparse_jax.training import console
 
@@ -106,18 +106,18 @@ def _digest(values: dict) -> str:
 
 
 def keep_tokenizer(workdir: pathlib.Path, cfg: config.Config, fingerprint: str):
-  """Copies a tokenizer.json into the run's folder.
+  """Copies a tokenizer.json into the run's folder; only the one with that `fingerprint`.
 
   Raises:
-    UserError: it is no longer the file with that `fingerprint`, or the folder cannot be written.
+    UserError: it is no longer that file (the run's copy stays), or the folder cannot be written.
   """
   if cfg.data.tokenizer == "byte":
     return
   path = workdir / "tokenizer.json"
   content = pathlib.Path(cfg.data.tokenizer).expanduser().read_bytes()
+  check_tokenizer(fingerprint_of(content), fingerprint)
   if not path.is_file() or path.read_bytes() != content:
     replace(path, content)
-  check_tokenizer(load_tokenizer(own_data(workdir, cfg.data)), fingerprint)
 
 
 def own_data(workdir: pathlib.Path, data: config.DataConfig) -> config.DataConfig:
@@ -127,11 +127,11 @@ def own_data(workdir: pathlib.Path, data: config.DataConfig) -> config.DataConfi
   return dataclasses.replace(data, tokenizer=str(path)) if kept else data
 
 
-def check_tokenizer(tokenizer, fingerprint: str):
-  """Raises a UserError unless a run was trained with that tokenizer."""
-  if tokenizer.fingerprint != fingerprint:
-    raise UserError(f"the tokenizer is not the one the weights were trained with: got "
-                    f"{tokenizer.fingerprint}, wanted {fingerprint}; put that file back")
+def check_tokenizer(got: str, wanted: str):
+  """Raises a UserError unless the fingerprints of two tokenizers are equal."""
+  if got != wanted:
+    raise UserError(f"the tokenizer is not the one the weights were trained with: got {got}, "
+                    f"wanted {wanted}; put that file back")
 
 
 # What a config that does not name a field yet was run with, where that is not the default.
