@@ -133,6 +133,8 @@ class Checkpoints:
     if newer:
       raise UserError(f"cannot save step {step} to {self.directory}: it holds step {newer[-1]}; "
                       "move it away, or use another --workdir")
+    if os.path.lexists(self.directory / str(step)):      # a file, a pipe, a link to nothing
+      self._set_aside(step)
     arrays = nest(names, map(plain, leaves))
     self._await(lambda: self._manager.save(step, force=True, args=ocp.args.Composite(
       state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(manifest))))
