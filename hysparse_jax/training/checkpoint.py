@@ -75,6 +75,7 @@ class Checkpoints:
       self._claim_directory()
     quiet.silence()
     self._waiting = threading.Lock()
+    self._saving: int | None = None      # step of a save that was not waited for yet
     self._manager = None if read_only else quiet.detached(
       lambda: ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=False))).result()
@@ -138,6 +139,7 @@ class Checkpoints:
     arrays = nest(names, map(plain, leaves))
     self._await(lambda: self._manager.save(step, force=True, args=ocp.args.Composite(
       state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(manifest))))
+    self._saving = int(step)
     if block:
       self.wait()
 
@@ -150,6 +152,10 @@ class Checkpoints:
     if self._manager is not None:
       with self._waiting:
         self._await(self._manager.wait_until_finished)
+        if self._saving is not None and not (self.directory / str(self._saving)).is_dir():
+          raise UserError(f"cannot save to {self.directory}: the folder is gone, or its checkpoint "
+                          f"of step {self._saving}")
+        self._saving = None
 
   def _await(self, call):
     """Returns when `call` has; an error of it, or a directory that is gone, is a UserError."""
