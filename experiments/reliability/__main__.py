@@ -86,11 +86,16 @@ def main(argv):
       row = {"row": name, **TESTS[name](lab, _ROUNDS.value)}
       row["seconds"] = time.monotonic() - begun
       rows.emit(row, f"{name}: {spelled(row['seen'])}; ok: {row['ok']}")
-  found = [json.loads(line) for line in pathlib.Path(flags.FLAGS.append).read_text().splitlines()]
+      _write()
+
+
+def _write():
+  """Makes the document from every row in the file."""
+  lines = pathlib.Path(flags.FLAGS.append).read_text().splitlines()
   out = pathlib.Path(_OUT.value)
   with run.writing(out):
     out.parent.mkdir(parents=True, exist_ok=True)
-  run.replace(out, document(found).encode())
+  run.replace(out, document([json.loads(line) for line in lines]).encode())
 
 
 if __name__ == "__main__":

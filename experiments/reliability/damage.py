@@ -11,41 +11,41 @@ from hysparse_jax.training.checkpoint import Checkpoints
 
 from .lab import CHEAP, STEPS, attempt, digests, flipped, outcome
 
+KINDS = ("silent", "tracebacks", "more lines than one")
 
-def _restored(lab, folder, seen, **settings):
-  """Opens checkpoints as a resume does, and counts what must not happen."""
+
+def _restored(lab, folder, seen, **settings) -> list[str]:
+  """Opens checkpoints as a resume does, and counts what it saw; returns what must not happen."""
   def call():
     with Checkpoints(folder, **settings) as checkpoints:
       return checkpoints.restore(lab.target, report=console.warn)
 
   result, lines, kind = attempt(call)
   passed_over = result is None or result[2] != STEPS
-  seen["tracebacks"] += kind is not None
-  seen["more lines than one"] += lines > 1
-  seen["fell back or refused"] += passed_over
-  if result is None:
-    seen["silent"] += lines == 0
-    return
-  found = manifest.describe(*manifest.named_leaves(result[0]))
-  right = digests(lab.whole.workdir, result[2])
-  seen["silent"] += (passed_over and lines == 0) or any(
-    found[name]["sha256"] != digest for name, digest in right.items())
+  silent = passed_over and lines == 0
+  if result is not None:
+    right = digests(lab.whole.workdir, result[2])
+    found = manifest.describe(*manifest.named_leaves(result[0]))
+    silent |= any(found[name]["sha256"] != digest for name, digest in right.items())
+  faults = [name for name, bad in zip(KINDS, (silent, kind is not None, lines > 1), strict=True)
+            if bad]
+  seen.update([*faults, *["fell back or refused"] * passed_over])
+  return faults
 
 
 def checkpoint_bits(lab, rounds):
   """One flipped bit in the newest checkpoint"""
-  seen = collections.Counter({"silent": 0, "tracebacks": 0, "more lines than one": 0,
-                              "fell back or refused": 0})
+  seen = collections.Counter(dict.fromkeys((*KINDS, "fell back or refused"), 0))
   folder = lab.whole.workdir / "checkpoints"
   files = sorted(path for path in (folder / str(STEPS)).rglob("*")
                  if path.is_file() and path.stat().st_size)
+  ok = True
   for turn in range(rounds * CHEAP):
     path = files[turn % len(files)]
     whole = flipped(lab.rng, path)
-    _restored(lab, folder, seen, read_only=True)
+    ok &= not _restored(lab, folder, seen, read_only=True)
     path.write_bytes(whole)
-  bad = seen["silent"] + seen["tracebacks"] + seen["more lines than one"]
-  return outcome(seen, "0 silent, 0 tracebacks, one line each", not bad, rounds * CHEAP)
+  return outcome(seen, "0 silent, 0 tracebacks, one line each", ok, rounds * CHEAP)
 
 
 def config_bits(lab, rounds):
@@ -115,16 +115,16 @@ def _oddities(rng, folder: pathlib.Path) -> dict[str, Callable[[], object]]:
 
 def odd_folders(lab, rounds):
   """Torn or odd folders of checkpoints"""
-  seen = collections.Counter({"silent": 0, "tracebacks": 0, "more lines than one": 0,
-                              "fell back or refused": 0})
-  done = 0
+  seen = collections.Counter(dict.fromkeys((*KINDS, "fell back or refused"), 0))
+  whole, done, bad = lab.whole.workdir / "checkpoints", 0, {}
   for _ in range(rounds):
-    for name in _oddities(lab.rng, lab.whole.workdir / "checkpoints"):
+    for name in _oddities(lab.rng, whole):
       folder = lab.new()
-      shutil.copytree(lab.whole.workdir / "checkpoints", folder)
+      shutil.copytree(whole, folder)
       _oddities(lab.rng, folder)[name]()
-      _restored(lab, folder, seen)
+      faults = _restored(lab, folder, seen)
+      bad |= {name: ", ".join(faults)} if faults else {}
       shutil.rmtree(folder)
       done += 1
-  bad = seen["silent"] + seen["tracebacks"] + seen["more lines than one"]
-  return outcome(seen, "0 silent, 0 tracebacks, at most one line each", not bad, done)
+  named = {"which": "; ".join(f"{name} ({faults})" for name, faults in bad.items())} if bad else {}
+  return outcome({**seen, **named}, "0 silent, 0 tracebacks, at most one line each", not bad, done)
