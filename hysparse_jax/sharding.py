@@ -47,7 +47,10 @@ OPERANDS = {
   **dict.fromkeys(("segment_ids", "kv_segment_ids", "local_kv_segment_ids", "query_positions"),
                   TOKENS),
   **dict.fromkeys(("query_offset", "local_query_offset"), ("batch",)),
-  "layer": (),
+  **dict.fromkeys(("k_pages", "v_pages"), (None, None, "kv_heads", None, None)),
+  "page_table": ("batch", None),
+  "lengths": ("batch",),
+  **dict.fromkeys(("layer", "ring_layer"), ()),
 }
 
 

@@ -85,7 +85,8 @@ for package in (pallas_kernels, hysparse_jax):
       importlib.import_module(module.name)
       count += 1
       for name, its_flags in flags.FLAGS.flags_by_module_dict().items():
-        if name.startswith("hysparse_jax.experiments"):     # two programs may share names of flags
+        # Two programs may share names of flags; those of cli and rows are every program's.
+        if name.startswith("hysparse_jax.experiments") and not name.endswith((".cli", ".rows")):
           for flag in list(its_flags):
             if flag.name in flags.FLAGS:
               delattr(flags.FLAGS, flag.name)
