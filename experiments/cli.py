@@ -19,6 +19,7 @@ from absl import app, flags, logging
 
 from hysparse_jax import config
 from hysparse_jax.errors import UserError
+from hysparse_jax.training.console import warn
 
 
 class _PathParser(flags.ArgumentParser):
@@ -87,12 +88,6 @@ def _finite(value):
   if isinstance(value, (list, tuple)):
     return [_finite(inner) for inner in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def warn(text):
-  """One line on stderr, for what does not stop the program."""
-  with contextlib.suppress(OSError, AttributeError):       # AttributeError: stderr is closed
-    print("warning:", " ".join(str(text).split()), file=sys.stderr, flush=True)
 
 
 def drawn(draw: Callable[[], Iterable]) -> list[str]:

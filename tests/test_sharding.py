@@ -135,7 +135,7 @@ def test_a_mixed_pattern_decodes_on_a_mesh_as_on_one_device():
 
 def test_a_mixed_pattern_trains_one_step():
   cfg = config.override(load("tiny_moe", "hysparse"), *MIXED, "model.moe.bias_update_rate=0.01")
-  mesh = mesh_of(dict(fsdp=1))                     # on many devices: tiny_moe_program
+  mesh = mesh_of(MOE_MESHES["mixed"])
   program = train_step.build(cfg, mesh)
   with jax.set_mesh(mesh):
     before = jax.device_get(program.init(jax.random.key(0)))

@@ -38,14 +38,15 @@ def nbytes(x):
 # The kernels and their VMEM depend on the generation, the group and the tiles. From 8,192 tokens on
 # every length has the same tiles, but the oracle's scores and the block-sparse keys in VMEM grow
 # with the keys, to their largest at 131,072; under a gradient at 65,536 where VMEM is 128 MB. Where
-# VMEM is the smallest, both groups, and one chunk of the keys and several.
+# VMEM is the smallest, both groups, and one chunk of the keys and several; block-sparse on v6e too.
 SIZES = {
   "oracle_attention": [("v5p", 8_192, "7b"), ("v5p", 131_072, "80b"), ("v5e", 131_072, "80b"),
                        ("v6e", 131_072, "7b")],
   "sliding_window_attention": [("v5p", 8_192, "7b"), ("v5p", 131_072, "80b"),
                                ("v5e", 8_192, "80b"), ("v6e", 8_192, "7b")],
   "block_sparse_attention": [("v5p", 8_192, "7b"), ("v5p", 131_072, "80b"),
-                             ("v5e", 65_536, "80b"), ("v6e", 65_536, "7b")],
+                             ("v5e", 65_536, "80b"), ("v6e", 65_536, "7b"),
+                             ("v6e", 131_072, "80b")],
 }
 
 

@@ -22,9 +22,9 @@ from hysparse_jax.training import metrics
 from hysparse_jax.training.checkpoint import Checkpoints
 from tests.test_configs import REPO
 
-# tiny_moe, packed, smaller: one hybrid block, 12 steps, a checkpoint every 3.
+# tiny_moe, packed, smaller: two groups of layers, 12 steps, a checkpoint every 3.
 SETTINGS = [
-  "model.num_layers=2", "model.pattern=full sparse", "model.d_model=32", "model.head_dim=16",
+  "model.num_layers=3", "model.pattern=full sparse full", "model.d_model=32", "model.head_dim=16",
   "model.moe.num_experts=4", "model.moe.d_ff=16", "model.moe.bias_update_rate=0.01",
   "data.seq_len=64", "data.batch_size=4", "train.grad_accum=2", "train.steps=12",
   "train.log_every=2", "train.eval_every=0", "train.eval_batches=1", "train.checkpoint_every=3",

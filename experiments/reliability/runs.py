@@ -78,7 +78,7 @@ def sigint(lab, rounds):
 def full_disk(lab, rounds):
   """A disk that is full during a save, then is not"""
   wanted = "exit 2, one line with the reason, nothing lost"
-  seen = collections.Counter({"steps lost": 0, "leaves that differ": 0, "rows missing": 0,
+  seen = collections.Counter({"checkpoints lost": 0, "leaves that differ": 0, "rows missing": 0,
                               "other lines or codes": 0})
   disk = lab.new()
   disk.mkdir()
@@ -93,7 +93,8 @@ def full_disk(lab, rounds):
       seen["other lines or codes"] += not (
         code == 2 and len(errors) == 1 and "No space left" in errors[0])
       subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
-      seen["steps lost"] += max(losses(disk / "run"), default=0) - newest(disk / "run") > 2
+      seen["checkpoints lost"] += sum(not (disk / "run" / "checkpoints" / str(number)).is_dir()
+                                      for number in range(2, newest(disk / "run"), 2))
       seen.update(lab.resumed(disk / "run"))
     finally:
       subprocess.run(["umount", disk], check=True)

@@ -13,6 +13,8 @@ def say(text: str):
 
 def warn(text: str):
   """A warning, one line on stderr."""
+  if sys.stderr is None:          # it is closed: print would take stdout
+    return
   with contextlib.suppress(OSError, ValueError):
     print("warning: " + " ".join(text.split()), file=sys.stderr, flush=True)
 
