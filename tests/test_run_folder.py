@@ -185,14 +185,14 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, two, model, capfd, part, cha
   change(folder / "checkpoints" / "2" / part if part else folder / "checkpoints" / "2")
   assert load_run(folder).step == 1
   err = capfd.readouterr().err
-  assert err.count("\n") <= 1 and "Traceback" not in err
+  assert err.count("\n") == 1 and err.startswith("warning: checkpoint 2 rejected: ")
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   target = {"model": jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), model)}
   reports = []
   with Checkpoints(folder / "checkpoints") as checkpoints:
     assert checkpoints.restore(target, report=reports.append)[2] == 1
-    assert all("\n" not in line for line in reports) and len(reports) <= 1
+    assert all("\n" not in line for line in reports) and len(reports) == 1
     checkpoints.save(2, {"model": model}, {}, block=True)
     assert checkpoints.steps() == [1, 2] and checkpoints.verify(2) == []
   assert capfd.readouterr().err == ""
@@ -219,7 +219,8 @@ def test_a_disk_that_takes_no_more_is_one_reason_and_loses_nothing(tmp_path, cap
     assert checkpoints.verify(2) == []
 
 
-def test_a_folder_that_vanishes_during_a_save_is_one_reason(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("remade", [False, True])
+def test_a_folder_that_vanishes_during_a_save_is_one_reason(tmp_path, monkeypatch, capfd, remade):
   """Even where Orbax, which had written all of it, does not notice."""
   folder, whole_wait = tmp_path / "checkpoints", ocp.CheckpointManager.wait_until_finished
   checkpoints = Checkpoints(folder)
@@ -228,8 +229,10 @@ def test_a_folder_that_vanishes_during_a_save_is_one_reason(tmp_path, monkeypatc
 
   def wait(self):
     whole_wait(self)
-    if folder.exists():
+    if not (tmp_path / "moved").exists():
       folder.rename(tmp_path / "moved")
+      if remade:                   # as Orbax does for the next file that it writes
+        folder.mkdir()
 
   monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", wait)
   for _ in range(2):

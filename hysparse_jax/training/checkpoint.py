@@ -73,6 +73,7 @@ class Checkpoints:
                       "or give the --workdir of a run")
     if not read_only:
       self._claim_directory()
+    self._inode = os.stat(self.directory).st_ino
     quiet.silence()
     self._waiting = threading.Lock()
     self._saving: int | None = None      # step of a save that was not waited for yet
@@ -163,11 +164,18 @@ class Checkpoints:
     while not concurrent.futures.wait([running], timeout=1).done:
       if gone:                 # for a second time: what waits for it does so for minutes
         raise UserError(f"cannot save to {self.directory}: the folder is gone")
-      gone = not self.directory.is_dir()
+      gone = self._is_gone()
     error = running.exception()
     if error is not None:
-      what = quiet.reason(error) if self.directory.is_dir() else "the folder is gone"
+      what = "the folder is gone" if self._is_gone() else quiet.reason(error)
       raise UserError(f"cannot save to {self.directory}: {what}") from error
+
+  def _is_gone(self) -> bool:
+    """Whether the directory was moved or removed; Orbax may have made another in its place."""
+    try:
+      return os.stat(self.directory).st_ino != self._inode
+    except OSError:
+      return True
 
   def close(self):
     """Waits, then frees the background threads."""
@@ -203,6 +211,9 @@ class Checkpoints:
       UserError: no checkpoint, none that is whole, or one of another model.
     """
     self.wait()
+    for path in sorted(self.directory.iterdir()) if step is None else ():
+      if path.name.isascii() and path.name.isdecimal() and not path.is_dir():
+        report(f"checkpoint {path.name} rejected: it is no folder")
     damaged = []
     while True:
       steps = self.steps()

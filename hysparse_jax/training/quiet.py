@@ -12,6 +12,7 @@ import logging
 import re
 import sys
 import threading
+import warnings
 
 _installed = False
 
@@ -24,6 +25,7 @@ def silence():
   _installed = True
   for name in ("absl", "asyncio"):
     logging.getLogger(name).addFilter(lambda record: not _is_noise(record))
+  warnings.filterwarnings("ignore", "coroutine 'async_serialize.*was never awaited", RuntimeWarning)
   before, unraisable = sys.excepthook, sys.unraisablehook
   sys.excepthook = lambda kind, error, trace: (
     None if _is_abandoned(error) else before(kind, error, trace))
@@ -65,7 +67,8 @@ def _is_noise(record: logging.LogRecord) -> bool:
   if "orbax" in record.pathname:
     return True
   error = record.exc_info[1] if record.exc_info else None
-  return record.name == "asyncio" and (error is None or _is_abandoned(error) or _in_orbax(error))
+  return record.name == "asyncio" and (error is None or _is_abandoned(error) or _in_orbax(error)
+                                       or "OCDBT database" in str(error))
 
 
 def _is_abandoned(error) -> bool:
