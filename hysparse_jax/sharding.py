@@ -40,16 +40,17 @@ SELECTED = ("batch", "kv_heads", "seq", None)
 # a plan they are the leading axes of every leaf.
 OPERANDS = {
   **dict.fromkeys(("q", "gate_sparse", "gate_local", "out"), HEADS),
-  **dict.fromkeys(("k", "v", "k_local", "v_local", "k_ring", "v_ring", "k_new", "v_new"), KV),
+  **dict.fromkeys(("k", "v", "k_local", "v_local"), KV),
   "block_indices": SELECTED,
   "plan": ("batch", "kv_heads"),
   **dict.fromkeys(("sinks", "sinks_sparse", "sinks_local"), ("heads",)),
-  **dict.fromkeys(("segment_ids", "kv_segment_ids", "local_kv_segment_ids", "query_positions"),
-                  TOKENS),
-  **dict.fromkeys(("query_offset", "local_query_offset"), ("batch",)),
-  **dict.fromkeys(("k_pages", "v_pages"), (None, None, "kv_heads", None, None)),
+  **dict.fromkeys(("segment_ids", "kv_segment_ids", "local_kv_segment_ids", "query_positions",
+                   "valid"), TOKENS),
+  **dict.fromkeys(("query_offset", "local_query_offset", "lengths"), ("batch",)),
+  # A row's pages lie with the row, and its page table counts from the first page of the shard.
+  **dict.fromkeys(("k_pages", "v_pages", "k_ring", "v_ring"),
+                  (None, "batch", "kv_heads", None, None)),
   "page_table": ("batch", None),
-  "lengths": ("batch",),
   **dict.fromkeys(("layer", "ring_layer"), ()),
 }
 
@@ -132,6 +133,12 @@ def shardings(tree, mesh: Mesh):
     return leaf.replace(NamedSharding(mesh, PartitionSpec(*stack, *spec(names))))
 
   return jax.tree.map(resolve, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_shards() -> int:
+  """Parts that the mesh of `jax.set_mesh` splits rows into; 1 outside of one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -58,8 +58,8 @@ def prefill(net, tokens, cache, lengths=None):
 
 
 @jax.jit
-def decode(net, tokens, cache):
-  return net.decode(tokens, cache)
+def decode(net, tokens, cache, lengths=None):
+  return net.decode(tokens, cache, lengths)
 
 
 def random_tokens(shape, seed=1, vocab=64):
@@ -115,19 +115,49 @@ def test_rows_of_different_length_prefill_together():
 def test_sparse_layers_cache_nothing_that_grows():
   for attention, has_ring in (("hysparse", True), ("swa", True), ("full", False)):
     cfg = variant(attention=attention)
-    short, long = (jax.eval_shape(functools.partial(init_cache, cfg, 1, n)) for n in (100, 200))
+    short, long = (jax.eval_shape(functools.partial(init_cache, cfg, 2, n)) for n in (100, 200))
     for a, b, group in zip(short.groups, long.groups, cfg.layer_groups):
-      assert (b.full_k.shape[2], a.full_k.shape[2]) == (200, 100)
-      assert a.full_k.shape[0] == group.count
+      for cache, pages in ((a, 7), (b, 13)):                       # of 16 tokens
+        assert cache.k_pages.shape == (group.count, 2 * pages, 2, 16, 16)
       assert len(a.rings) == len(group.runs)
       for one, other, run in zip(a.rings, b.rings, group.runs):
         assert has_ring
-        assert one.k.shape == other.k.shape == (group.count, run.count, 1, 24, 2, 16)
+        assert one.k.shape == other.k.shape == (group.count * run.count, 2, 2, 24, 16)
   assert init_cache(variant(local_shares_kv=True), 1, 8).groups[0].rings[0].k is None
   mixed = variant(pattern="full window sparse sparse", local_shares_kv=True)
   assert [ring.k is None for ring in init_cache(mixed, 1, 8).groups[0].rings] == [False, True]
   leading = init_cache(variant(pattern="window window full sparse"), 1, 8)
-  assert leading.groups[0].full_k is None and leading.max_tokens == 8
+  assert leading.groups[0].k_pages is None and leading.max_tokens == 16
+
+
+def test_rows_share_pages_in_any_order():
+  """Rows take pages out of one pool as they grow; what lies in other pages changes nothing."""
+  net, rng = make(SMALL), np.random.default_rng(0)
+  tokens, lengths = random_tokens((3, 50)), np.array([50, 17, 33])
+  cache = net.init_cache(3, 64, num_pages=10)
+  assert cache.page_table.tolist() == [[-1] * 4] * 3 and cache.max_tokens == 64
+  dirty = jax.tree.map(lambda x: x + jnp.nan if x.ndim == 5 else x, cache.groups)
+  table, free = np.full((3, 4), -1, np.int32), list(rng.permutation(10))
+  cache = cache._replace(groups=dirty)
+  for start, end in ((0, 20), (20, 41), (41, 50)):
+    used = np.clip(lengths - start, 0, end - start)
+    for row, length in enumerate(np.minimum(lengths, end)):
+      for page in range(-(-length // 16)):
+        table[row, page] = free.pop() if table[row, page] < 0 else table[row, page]
+    before, cache = cache.length, cache._replace(page_table=jnp.asarray(table))
+    logits, cache = prefill(net, tokens[:, start:end], cache, jnp.asarray(used))
+    for row in range(3):
+      if used[row]:
+        assert_close(logits[row], forward(net, tokens[row:row + 1])[0, before[row] + used[row] - 1],
+                     "decode_f32")
+  more, cache = decode(net, tokens[:, 0], cache, jnp.array([1, 0, 1]))
+  assert cache.length.tolist() == [51, 17, 34]
+  for row in (0, 2):
+    longer = jnp.concatenate([tokens[row, :lengths[row]], tokens[row, :1]])[None]
+    assert_close(more[row], forward(net, longer)[0, -1], "decode_f32")
+  # Row 1's page is full at 32 tokens, and it has two; row 2 has three.
+  full = cache._replace(length=jnp.array([51, 32, 34]))
+  assert np.isnan(decode(net, tokens[:, 0], full)[0]).any(-1).tolist() == [False, True, False]
 
 
 def test_the_previous_tokens_blocks_do_not_decode():
@@ -217,7 +247,7 @@ def test_cached_ops_obey_the_implementation():
   abstract = lambda cfg: jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
   net = abstract(variant(implementation="mosaic_gpu"))
   cache = jax.eval_shape(lambda: init_cache(net.cfg, 1, 8))
-  with pytest.raises(NotImplementedError, match="cached_oracle_attention: .*'mosaic_gpu'"):
+  with pytest.raises(NotImplementedError, match="paged_oracle_attention: .*'mosaic_gpu'"):
     jax.eval_shape(lambda net, cache: net.decode(jnp.zeros(1, jnp.int32), cache), net, cache)
   # On a TPU, None takes the kernels and "reference" does not.
   shape = dict(head_dim=128, block_size=64, selected_tokens=128, window=128)
@@ -339,14 +369,14 @@ def test_bad_tokens_and_full_caches_are_errors():
     net.prefill(jnp.array([[1, 64]]), cache)
   with pytest.raises(UserError, match="token -1"):
     net.prefill(jnp.array([[-1]]), cache)
-  with pytest.raises(UserError, match="room for 8 tokens, 0 are in it and 9 more"):
-    net.prefill(random_tokens((1, 9)), cache)
-  with pytest.raises(UserError, match="between 1 and the 2"):
-    net.prefill(random_tokens((1, 2)), cache, jnp.array([0]))
+  with pytest.raises(UserError, match="room for 16 tokens, 0 are in it and 17 more"):
+    net.prefill(random_tokens((1, 17)), cache)
+  with pytest.raises(UserError, match="between 0 and the 2"):
+    net.prefill(random_tokens((1, 2)), cache, jnp.array([3]))
   with pytest.raises(UserError, match="holds 1 sequences, got 2"):
     net.prefill(random_tokens((2, 2)), cache)
   # Where values are not known, the row is NaN instead.
-  logits, _ = prefill(net, random_tokens((1, 9)), cache)
+  logits, _ = prefill(net, random_tokens((1, 17)), cache)
   assert np.isnan(logits).all()
   logits = forward(net, jnp.array([[3, 64, 5], [1, 2, 3]]))
   assert np.isnan(logits[0, 1:]).all() and np.isfinite(logits[1]).all()

@@ -25,7 +25,6 @@ from absl import flags
 
 import pallas_kernels
 from hysparse_jax.errors import UserError
-from pallas_kernels.paged_attention.api import PAGE_TOKENS
 from pallas_kernels.paged_attention.shapes import SHAPES
 
 from .. import cli, rows
@@ -95,9 +94,9 @@ def variants(op):
 
 def cache_of(shape, batch, length):
   """k_pages, v_pages [1,R,K,64,H], a shuffled page table [B,U] and lengths [B]."""
-  pages = -(-length // PAGE_TOKENS)
+  pages = -(-length // shape.block_size)
   table = np.random.default_rng(0).permutation(batch * pages).reshape(batch, pages)
-  pages = [draw(seed, 1, batch * pages, shape.num_kv_heads, PAGE_TOKENS, shape.head_dim)
+  pages = [draw(seed, 1, batch * pages, shape.num_kv_heads, shape.block_size, shape.head_dim)
            for seed in (1, 2)]
   return (*pages, jnp.asarray(table, jnp.int32), jnp.asarray(lengths_of(batch, length), jnp.int32))
 
@@ -167,7 +166,7 @@ def bench_sparse(shape, batch, length, emit):
   for _ in range(calls if _FRESH.value else 1):
     picked = np.full((batch, kv_heads, shape.num_blocks), -1, np.int32)
     for b, k in np.ndindex(batch, kv_heads):
-      some = rng.permutation(-(-int(lengths[b]) // PAGE_TOKENS))[:shape.num_blocks]
+      some = rng.permutation(-(-int(lengths[b]) // shape.block_size))[:shape.num_blocks]
       picked[b, k, :some.size] = np.sort(some)
     blocks.append(jnp.asarray(picked))
   # Arguments, so that no call copies a slice of them.
@@ -186,7 +185,7 @@ def bench_sparse(shape, batch, length, emit):
       ring_layer=layers[0], **options))(*arguments)
     got = jax.jit(call)(*arguments[:6], rings, gates, layers[0])
     check("sparse", (got,), (want,))
-  picked_tokens = sum(int((b >= 0).sum()) for b in blocks) / len(blocks) * PAGE_TOKENS
+  picked_tokens = sum(int((b >= 0).sum()) for b in blocks) / len(blocks) * shape.block_size
   nbytes = (picked_tokens + batch * kv_heads * shape.window) * shape.head_dim * 2 * 2
   for config in variants("sparse"):
     def chain(q, k_pages, v_pages, blocks, table, lengths, rings, gates, layers, config=config):

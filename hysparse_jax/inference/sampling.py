@@ -18,8 +18,11 @@ from hysparse_jax.inference.text_stream import TextStream
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.transformer import Transformer, check_tokens
 from hysparse_jax.seeds import key_of
+from pallas_kernels import implementations
 
-PREFILL_CHUNK = 512   # tokens per prefill call of longer prompts
+# Tokens per prefill call of longer prompts: on the CPU the reference holds a score of each with
+# every key before it.
+PREFILL_CHUNK = {"cpu": 512, "gpu": 8192, "tpu": 8192}
 SHORTEST = 64         # tokens that a cache has room for at least
 
 
@@ -67,7 +70,7 @@ class _Programs(NamedTuple):
   """The jitted calls of one model; every cache they return has the same placement."""
 
   empty_cache: Callable   # (batch, max_tokens) -> DecodeState
-  prefill: Callable       # (model, tokens i32 [B, T], cache, lengths i32 [B]) -> logits, cache
+  prefill: Callable       # (model, tokens i32 [B, T], cache, lengths i32 [B], pages) -> logits, cache
   decode: Callable        # (model, tokens i32 [B], cache) -> logits, cache
 
 
@@ -89,12 +92,14 @@ def _programs(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> _Programs:
   """
   places = None
   if mesh is not None:
-    places = kv_cache.shardings(jax.eval_shape(lambda: kv_cache.init_cache(cfg, 1, 1)), mesh)
+    rows = sharding.batch_shards()
+    places = kv_cache.shardings(jax.eval_shape(lambda: kv_cache.init_cache(cfg, rows, 1)), mesh)
   jit = functools.partial(jax.jit, donate_argnames="cache", out_shardings=(None, places))
   return _Programs(
     empty_cache=jax.jit(functools.partial(kv_cache.init_cache, cfg), static_argnums=(0, 1),
                         out_shardings=places),
-    prefill=jit(lambda model, tokens, cache, lengths: model.prefill(tokens, cache, lengths)),
+    prefill=jit(lambda model, tokens, cache, lengths, num_pages: model.prefill(
+      tokens, cache, lengths, num_pages), static_argnames="num_pages"),
     decode=jit(lambda model, tokens, cache: model.decode(tokens, cache)))
 
 
@@ -142,12 +147,14 @@ def _generate(model, prompt, rows, max_new_tokens, key, stop_tokens, on_token, *
   batch, length = prompt.shape
   programs = _programs_of(model)
   cache = programs.empty_cache(batch, padded_length(length + max_new_tokens))
-  size = min(padded_length(length), PREFILL_CHUNK)
+  size = min(padded_length(length), PREFILL_CHUNK[implementations.platform()])
   for start in range(0, length, size):
     chunk = prompt[:, start:start + size]
     used = chunk.shape[1]
     chunk = np.pad(chunk, ((0, 0), (0, size - used)))
-    logits, cache = programs.prefill(model, chunk, cache, np.full((batch,), used, np.int32))
+    logits, cache = programs.prefill(
+      model, chunk, cache, np.full((batch,), used, np.int32),
+      num_pages=kv_cache.pages_for(model.cfg, padded_length(start + used)))
   done = np.zeros((rows,), bool)
   out: list[np.ndarray] = []
   for index in range(max_new_tokens):

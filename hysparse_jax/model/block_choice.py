@@ -15,32 +15,32 @@ from hysparse_jax.model.layers import positions_within
 from pallas_kernels.reference.block_selection import select_blocks
 
 
-def chosen(cfg: ModelConfig, block_indices, num_blocks: int, num_keys: int, segment_ids,
-           cache_positions=None):
+def chosen(cfg: ModelConfig, block_indices, num_blocks: int, context):
   """The blocks that the sparse layers read, `model.block_choice` applied.
 
   Args:
     cfg: of the model.
     block_indices: i32 [B, K, T, .], the oracle's choice.
     num_blocks: P.
-    num_keys: S.
-    segment_ids: i32 [B, T] or None, as the model got them.
-    cache_positions: i32 [B, T], the cache slots of the tokens; None: there is no cache.
+    context: TokenContext of the tokens.
 
   Returns:
     i32 [B, K, T, P].
   """
   if cfg.block_choice == "oracle":
     return block_indices
-  shape = (block_indices.shape[0], block_indices.shape[2])
-  index = positions_within(None, shape) if cache_positions is None else cache_positions
-  first = index - positions_within(segment_ids, shape) if cache_positions is None else 0 * index
+  shape = context.positions.shape
+  if context.page_table is None:
+    index, num_blocks_seen = positions_within(None, shape), -(-shape[1] // cfg.block_size)
+    first = index - positions_within(context.segment_ids, shape)
+  else:
+    index, num_blocks_seen = context.positions, context.page_table.shape[1]
+    first = jnp.zeros_like(index)
   if cfg.block_choice == "previous":
     return previous_blocks(block_indices, index == first)
-  if segment_ids is not None:
-    first = jnp.where(segment_ids == 0, shape[1], first)
-  return random_blocks(index, first, cfg.num_kv_heads, num_blocks, cfg.block_size,
-                       -(-num_keys // cfg.block_size))
+  if context.segment_ids is not None:
+    first = jnp.where(context.segment_ids == 0, shape[1], first)
+  return random_blocks(index, first, cfg.num_kv_heads, num_blocks, cfg.block_size, num_blocks_seen)
 
 
 def random_blocks(index, first, kv_heads: int, num_blocks: int, block_size: int, total: int):

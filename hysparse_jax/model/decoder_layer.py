@@ -18,11 +18,32 @@ from hysparse_jax.sharding import STREAM, constrain
 
 
 class TokenContext(NamedTuple):
-  """Positions, segment ids and validity of the input tokens; the same for every layer."""
+  """Positions, segment ids and validity of the input tokens; the same for every layer.
 
-  positions: jax.Array                  # i32 [B, T], within the document; with a cache, the slots
+  With a cache, positions are those of consecutive tokens of one sequence, valid ones first.
+  """
+
+  positions: jax.Array                  # i32 [B, T], within the document
   segment_ids: jax.Array | None = None  # i32 [B, T], 0 is padding; None: one document per row
   valid: jax.Array | None = None        # bool [B, T], False for padding; None: there is none
+  page_table: jax.Array | None = None   # i32 [B, U], of the cache; None: there is no cache
+
+  @property
+  def key_range(self) -> dict:
+    """Which keys are before which queries, as arguments of the attention ops."""
+    if self.page_table is None:
+      return {"segment_ids": self.segment_ids}
+    return {"query_offset": self.positions[:, 0]}
+
+  @property
+  def lengths(self):
+    """i32 [B]: tokens in the cache when these are appended; 0 for a row without a valid one."""
+    return jnp.max(jnp.where(self.valid, self.positions + 1, 0), axis=1)
+
+  def decodes(self, cfg: ModelConfig) -> bool:
+    """Whether the paged ops run: one token per row, and no local branch without a ring."""
+    return (self.page_table is not None and self.positions.shape[1] == 1
+            and not cfg.local_shares_kv)
 
 
 class DecoderLayer(nnx.Module):

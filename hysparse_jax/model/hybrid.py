@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import pallas_kernels as ops
 from hysparse_jax.config import LayerGroup, ModelConfig
-from hysparse_jax.model import block_choice
+from hysparse_jax.model import block_choice, decode_attention
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.cache import GroupCache, Ring
 from hysparse_jax.model.decoder_layer import Branch, DecoderLayer, TokenContext
@@ -37,7 +37,7 @@ from hysparse_jax.sharding import sharded
 class SharedKV(NamedTuple):
   """What a full layer hands to the sparse layers of its hybrid block.
 
-  With a cache, k and v are the cache's [C, B, S, K, .], of all hybrid blocks in the group.
+  When a token is decoded, k and v are the pages of the group's cache: [C, R, K, block_size, .].
   """
 
   k: jax.Array               # [B, S, K, H], rotary applied
@@ -65,42 +65,42 @@ class FullLayer(DecoderLayer):
                hybrid_block=None):
     """x [B, T, D] -> x, SharedKV, cache, LayerStats; `num_blocks` is P, 0 if none are read."""
     cfg = self.cfg
-    options = dict(block_size=cfg.block_size, implementation=cfg.implementation,
-                   num_blocks=0 if cfg.block_choice == "random" else num_blocks)
+    wanted = 0 if cfg.block_choice == "random" else num_blocks
     _, q, k, v = self.project(x, context)
     with jax.named_scope("attend"):
-      if cache is None:
-        o, block_indices = sharded(
-          partial(ops.oracle_attention, **options), returns=("out", "block_indices"),
-          q=q, k=k, v=v, segment_ids=context.segment_ids)
+      if cache is not None:
+        cache = kv_cache.append_full(cache, hybrid_block, k, v, context)
+      if context.decodes(cfg):
+        k, v = cache.k_pages, cache.v_pages
+        o, block_indices = decode_attention.full_layer(cfg, q, cache, hybrid_block, context, wanted)
       else:
-        cache = kv_cache.append_full(cache, hybrid_block, k, v, context.positions, context.valid)
-        k, v = cache.full_k, cache.full_v
-        o, block_indices = sharded(
-          partial(ops.cached_oracle_attention, **options), returns=("out", "block_indices"),
-          q=q, k=k, v=v, query_positions=context.positions, layer=hybrid_block)
-    shared = self._share(k, v, block_indices, context, num_blocks, cache is not None)
+        if cache is not None:
+          k, v = kv_cache.gathered(cache, hybrid_block, context)
+        op = partial(ops.oracle_attention, block_size=cfg.block_size, num_blocks=wanted,
+                     implementation=cfg.implementation)
+        o, block_indices = sharded(op, returns=("out", "block_indices"), q=q, k=k, v=v,
+                                   **context.key_range)
+    shared = self._share(k, v, block_indices, context, num_blocks)
     x, router = self.finish(x, o, context)
     return x, shared, cache, LayerStats(None, None, router)
 
   @jax.named_scope("select")
-  def _share(self, k, v, block_indices, context, num_blocks, cached) -> SharedKV:
+  def _share(self, k, v, block_indices, context, num_blocks) -> SharedKV:
     cfg, plan = self.cfg, None
     if num_blocks:
-      block_indices = block_choice.chosen(
-        cfg, block_indices, num_blocks, k.shape[-3], context.segment_ids,
-        context.positions if cached else None)
+      block_indices = block_choice.chosen(cfg, block_indices, num_blocks, context)
       # Saved by remat, so never recomputed differently.
       block_indices = checkpoint_name(block_indices, "block_indices")
-      if not cached:
+      if not context.decodes(cfg):
+        keys = {name: x for name, x in context.key_range.items() if name == "query_offset"}
         plan = sharded(partial(_plan, cfg=cfg, num_keys=k.shape[1]), returns="plan",
-                       block_indices=block_indices)
+                       block_indices=block_indices, **keys)
     return SharedKV(k, v, block_indices, plan)
 
 
-def _plan(block_indices, *, cfg: ModelConfig, num_keys: int):
+def _plan(block_indices, *, cfg: ModelConfig, num_keys: int, query_offset=0):
   return ops.plan_blocks(block_indices, num_heads=block_indices.shape[1] * cfg.group_size,
-                         num_keys=num_keys, block_size=cfg.block_size,
+                         num_keys=num_keys, block_size=cfg.block_size, query_offset=query_offset,
                          implementation=cfg.implementation)
 
 
@@ -114,9 +114,10 @@ class SparseLayer(DecoderLayer):
 
   def __call__(self, x, shared: SharedKV | None, context: TokenContext, ring: Ring | None = None,
                at=None):
-    """x [B, T, D] -> x, ring, LayerStats; with a cache, `at` is (hybrid block, layer in its run).
+    """x [B, T, D] -> x, ring, LayerStats.
 
-    `shared` is None for a window layer before the first full layer.
+    `shared` is None for a window layer before the first full layer; with a cache, `at` is the
+    layer's place in the full layers' pages and in the ring.
     """
     with jax.named_scope(f"{self.kind}_layer"):
       y, q, k, v = self.project(x, context)
@@ -125,47 +126,29 @@ class SparseLayer(DecoderLayer):
       branches = dict(gate_sparse=gate_sparse, gate_local=gate_local, sinks_sparse=sinks_sparse,
                       sinks_local=sinks_local)
       with jax.named_scope("attend"):
-        if ring is None:
-          o = self._attend(q, shared, k, v, context, branches)
-        else:
-          o, ring = self._attend_cached(q, shared, k, v, context, branches, ring, at)
+        o, ring = self._attend(q, shared, k, v, context, branches, ring, at)
       x, router = self.finish(x, o, context)
       means = (None if gate is None else valid_mean(gate, context.valid)
                for gate in (gate_sparse, gate_local))
       return x, ring, LayerStats(*means, router)
 
-  def _attend(self, q, shared, k, v, context, branches):
-    cfg = self.cfg
+  def _attend(self, q, shared, k, v, context, branches, ring, at):
+    cfg, before, keys = self.cfg, ring, dict(context.key_range)
+    shared = None if self.sparse is None and k is not None else shared
+    if ring is not None and k is not None:
+      ring = kv_cache.append_ring(ring, at[1], k, v, context)
+    if context.decodes(cfg):
+      has_ring = self.local is not None
+      return decode_attention.sparse_layer(cfg, q, shared, ring if has_ring else None, *at, context,
+                                           branches), ring
     if self.local is not None and k is None:
       k, v = shared.k, shared.v
+    elif before is not None and k is not None:
+      k, v, keys["local_query_offset"] = kv_cache.ring_and_new(before, at[1], k, v, context)
     selected = SharedKV(None, None, None, None) if self.sparse is None else shared
     op = partial(ops.sparse_layer_attention, block_size=cfg.block_size, window=cfg.window,
                  implementation=cfg.implementation)
-    return sharded(op, q=q, **selected._asdict(), k_local=k, v_local=v, **branches,
-                   segment_ids=context.segment_ids)
-
-  def _attend_cached(self, q, shared, k, v, context, branches, ring, at):
-    cfg, positions, o = self.cfg, context.positions, 0
-    gated = lambda gate, o: o if gate is None else gate * o
-    if self.sparse is not None:
-      op = partial(ops.cached_block_sparse_attention, block_size=cfg.block_size,
-                   implementation=cfg.implementation)
-      o = gated(branches["gate_sparse"], sharded(
-        op, q=q, k=shared.k, v=shared.v, block_indices=shared.block_indices,
-        query_positions=positions, sinks=branches["sinks_sparse"], layer=at[0]))
-    if self.local is not None:
-      if k is not None:
-        old_k, old_v = ring.k[at], ring.v[at]
-        ring = kv_cache.append_ring(ring, at, k, v, positions, context.valid)
-      else:
-        (old_k, k), (old_v, v) = (kv_cache.ring_view(x, at[0], positions, cfg.window)
-                                  for x in (shared.k, shared.v))
-      op = partial(ops.cached_sliding_window_attention, window=cfg.window,
-                   implementation=cfg.implementation)
-      o = o + gated(branches["gate_local"], sharded(
-        op, q=q, k_ring=old_k, v_ring=old_v, k_new=k, v_new=v, query_positions=positions,
-        sinks=branches["sinks_local"]))
-    return o, ring
+    return sharded(op, q=q, **selected._asdict(), k_local=k, v_local=v, **branches, **keys), ring
 
 
 class HybridBlock(nnx.Module):
@@ -202,7 +185,7 @@ class HybridBlock(nnx.Module):
       ring = None if cache is None else cache.rings[r]
       (x, ring), stats = jax.lax.scan(
         rematerialised(self.cfg, "layer", step), (x, ring),
-        (jnp.arange(run.count, dtype=jnp.int32), layers))
+        (jnp.arange(run.count, dtype=jnp.int32) + hybrid_block * run.count, layers))
       rings.append(ring)
       all_stats.append(stats)
     cache = None if cache is None else cache._replace(rings=tuple(rings))

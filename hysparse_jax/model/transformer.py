@@ -69,17 +69,20 @@ class Transformer(nnx.Module):
     head = self.embedding[...].T if self.cfg.tied_embeddings else self.head[...]
     return _scores(hidden, head.astype(hidden.dtype))
 
-  def init_cache(self, batch: int, max_tokens: int) -> DecodeState:
-    """An empty cache for `batch` sequences of at most `max_tokens` tokens each."""
-    return kv_cache.init_cache(self.cfg, batch, max_tokens)
+  def init_cache(self, batch: int, max_tokens: int, num_pages: int | None = None) -> DecodeState:
+    """An empty cache for `batch` sequences of at most `max_tokens` tokens each; see `cache.py`."""
+    return kv_cache.init_cache(self.cfg, batch, max_tokens, num_pages)
 
-  def prefill(self, tokens, cache: DecodeState, lengths=None):
+  def prefill(self, tokens, cache: DecodeState, lengths=None, num_pages: int | None = None):
     """Appends a chunk of tokens to the cache; call it again for the next chunk.
 
     Args:
       tokens: i32 [B, T], padded at the end where `lengths` is shorter than T.
       cache: what `init_cache` or an earlier call returned.
-      lengths: i32 [B], tokens of each row that count, at least 1; None: all.
+      lengths: i32 [B], tokens of each row that count; 0 leaves the row as it is, and its logits
+        mean nothing; None: all.
+      num_pages: pages that hold every row after this call: the work is in proportion to them. None:
+        all that the page table has room for.
 
     Returns:
       f32 [B, V], the logits after each row's last token, and the cache.
@@ -92,17 +95,23 @@ class Transformer(nnx.Module):
     lengths = jnp.full((batch,), count if lengths is None else lengths, jnp.int32)
     self._check(tokens, cache, lengths)
     steps = jnp.arange(count, dtype=jnp.int32)[None]
-    context = TokenContext(cache.length[:, None] + steps, valid=steps < lengths[:, None])
+    table = cache.page_table[:, :num_pages]
+    context = TokenContext(cache.length[:, None] + steps, valid=steps < lengths[:, None],
+                           page_table=table)
     x, groups, _ = self.stack(self.embed(tokens), context, cache.groups)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     logits = self.logits(rms_norm(last, self.final_norm[...], self.cfg.norm_eps))
     length = cache.length + lengths
-    overflow = (length > cache.max_tokens) | (lengths < 1) | (lengths > count)
-    return jnp.where(overflow[:, None], jnp.nan, logits), DecodeState(length, groups)
+    overflow = (lengths < 0) | (lengths > count)
+    if cache.block_size is not None:
+      overflow |= length > jnp.sum(table >= 0, axis=1) * cache.block_size
+    return (jnp.where(overflow[:, None], jnp.nan, logits),
+            cache._replace(length=length, groups=groups))
 
-  def decode(self, tokens, cache: DecodeState):
-    """Appends one token per sequence: i32 [B] -> f32 [B, V], the cache. Errors as in `prefill`."""
-    return self.prefill(tokens[:, None], cache)
+  def decode(self, tokens, cache: DecodeState, lengths=None):
+    """Appends one token per sequence: i32 [B] -> f32 [B, V], the cache. As `prefill` in the rest:
+    lengths i32 [B] are 1, or 0 for a row that has no token."""
+    return self.prefill(tokens[:, None], cache, lengths)
 
   def _check(self, tokens, cache, lengths):
     known = [x for x in (tokens, cache.length, lengths) if not isinstance(x, jax.core.Tracer)]
@@ -112,8 +121,8 @@ class Transformer(nnx.Module):
     check_tokens(tokens, self.cfg.vocab_size)
     if used.shape != (tokens.shape[0],):
       raise UserError(f"the cache holds {used.shape[0]} sequences, got {tokens.shape[0]} rows")
-    if (lengths < 1).any() or (lengths > tokens.shape[1]).any():
-      raise UserError(f"lengths {lengths.tolist()} must be between 1 and the {tokens.shape[1]} "
+    if (lengths < 0).any() or (lengths > tokens.shape[1]).any():
+      raise UserError(f"lengths {lengths.tolist()} must be between 0 and the {tokens.shape[1]} "
                       "tokens given")
     if (used + lengths > cache.max_tokens).any():
       raise UserError(f"the cache has room for {cache.max_tokens} tokens, {int(used.max())} are "

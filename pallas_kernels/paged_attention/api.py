@@ -3,7 +3,6 @@
 from pallas_kernels import checks, implementations
 from pallas_kernels.paged_attention import reference
 
-PAGE_TOKENS = 64       # of a page, which is one selectable block
 _GPU = "pallas_kernels.paged_attention.gpu.op"
 
 _AVAILABLE = {
@@ -16,15 +15,15 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, n
                            scale=None, implementation=None):
   """Attention of each sequence's last token over all its tokens, and the token's top-P blocks.
 
-  The cache is paged: token p of sequence b is slot p % 64 of page `page_table[b, p // 64]`. The
-  slots, pages and table entries after the last token are never read: they may hold anything, NaN
+  The cache is paged: token p of sequence b is slot p % S of page `page_table[b, p // S]`, where a
+  page is a block of S tokens (64 in the kernels). The slots, pages and table entries after the last token are never read: they may hold anything, NaN
   included. Rows of any lengths may stand together: work is split by pages, not by rows.
 
   Args:
     q: [B,N,H] float32, bfloat16 or float16: the query of token lengths[b] - 1.
-    k_pages: [C,R,K,64,H], N a multiple of K: R pages in each of C layers.
-    v_pages: [C,R,K,64,E]; its head dim E may differ from H.
-    page_table: i32 [B,U], pages below R; U * 64 is the longest sequence there is room for.
+    k_pages: [C,R,K,S,H], N a multiple of K: R pages in each of C layers.
+    v_pages: [C,R,K,S,E]; its head dim E may differ from H.
+    page_table: i32 [B,U], pages below R; U * S is the longest sequence there is room for.
     lengths: i32 [B], tokens of each sequence, the query's own included; 0 for an idle row, whose
       result is 0 and -1.
     layer: i32 [], of k_pages and v_pages.
@@ -40,7 +39,7 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, n
     ValueError: shapes or dtypes that do not fit.
     NotImplementedError: an implementation that does not exist or does not take these sizes.
   """
-  op, sizes = "paged_oracle_attention", {"S": PAGE_TOKENS}
+  op, sizes = "paged_oracle_attention", {}
   checks.check_shape(op, "q", q, "BNH", sizes)
   _check_pages(op, k_pages, v_pages, page_table, lengths, layer, sizes)
   checks.check_heads(op, sizes)
@@ -67,8 +66,8 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
 
   Args:
     q: [B,N,H] float32, bfloat16 or float16.
-    k_pages: [C,R,K,64,H], N a multiple of K: the full layers' pages.
-    v_pages: [C,R,K,64,E]; its head dim E may differ from H.
+    k_pages: [C,R,K,S,H], N a multiple of K: the full layers' pages.
+    v_pages: [C,R,K,S,E]; its head dim E may differ from H.
     block_indices: i32 [B,K,P]: distinct blocks of the sequence, -1 for none.
     page_table: i32 [B,U], pages below R.
     lengths: i32 [B], tokens of each sequence, the query's own included; 0 for an idle row.
@@ -90,7 +89,7 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
     ValueError: shapes or dtypes that do not fit, no branch at all, or an argument of an absent one.
     NotImplementedError: an implementation that does not exist or does not take these sizes.
   """
-  op, sizes = "paged_sparse_layer_attention", {"S": PAGE_TOKENS}
+  op, sizes = "paged_sparse_layer_attention", {}
   checks.check_shape(op, "q", q, "BNH", sizes)
   sparse = dict(k_pages=k_pages, v_pages=v_pages, block_indices=block_indices,
                 page_table=page_table, layer=layer)

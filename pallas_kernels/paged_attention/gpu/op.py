@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from pallas_kernels.checks import NotCoveredError
 from pallas_kernels.paged_attention.gpu import full, sparse
 
+PAGE_TOKENS = 64
 MOST_PAGES = 32768     # of a sequence: the selection holds a score of each in registers
 
 
@@ -16,6 +17,7 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, **options):
   """
   op = "paged_oracle_attention"
   _check(op, q, k_pages, v_pages)
+  _check_pages(op, k_pages)
   if page_table.shape[1] > MOST_PAGES:
     _refuse(op, f"{page_table.shape[1]} pages a sequence", f"at most {MOST_PAGES}")
   return full.paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, **options)
@@ -32,6 +34,8 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
   for k, v in ((k_pages, v_pages), (k_ring, v_ring)):
     if k is not None:
       _check(op, q, k, v)
+  if k_pages is not None:
+    _check_pages(op, k_pages)
   return sparse.paged_sparse_layer_attention(
     q, k_pages, v_pages, block_indices, page_table, lengths, k_ring, v_ring, *args, **options)
 
@@ -45,6 +49,11 @@ def _check(op, q, k, v):
   group = q.shape[1] // k.shape[2]
   if group > 64:
     _refuse(op, f"{group} query heads a KV head", "at most 64")
+
+
+def _check_pages(op, k_pages):
+  if k_pages.shape[3] != PAGE_TOKENS:
+    _refuse(op, f"pages of {k_pages.shape[3]} tokens", f"{PAGE_TOKENS}")
 
 
 def _refuse(op, found, wanted):
