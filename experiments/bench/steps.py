@@ -12,10 +12,8 @@ multiple of the block size, with segment ids. --documents=8 packs 8 equal docume
 --documents=0 passes one document and no segment ids, for comparison.
 """
 
-import collections
 import dataclasses
 import gc
-import pathlib
 import statistics
 import tempfile
 import time
@@ -23,7 +21,6 @@ import time
 import jax
 import numpy as np
 from absl import flags
-from jax.profiler import ProfileData
 
 from hysparse_jax import accounting, sharding
 from hysparse_jax.data.batches import Batch
@@ -31,6 +28,7 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.training import step as train_step
 
 from .. import cli, rows
+from .profile import print_kernels
 
 # Of the files of Python 3.11's standard library without tests: the median is 6.9 kB, or 2,000
 # tokens of 3.5 bytes, and the logarithm's standard deviation 1.6.
@@ -81,23 +79,6 @@ def packed_batch(cfg, lengths, segmented: bool) -> Batch:
   return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:],
                segment_ids=segment_ids if segmented else None, positions=positions,
                weights=(segment_ids > 0).astype(np.float32))
-
-
-def print_kernels(folder, count: int):
-  """The `count` kernels that took longest in a trace: ms, calls, name."""
-  total = collections.defaultdict(lambda: [0.0, 0])
-  for path in pathlib.Path(folder).rglob("*.xplane.pb"):
-    for plane in ProfileData.from_file(str(path)).planes:
-      if not plane.name.startswith("/device:"):
-        continue
-      for line in plane.lines:
-        if line.name.startswith("Stream"):
-          for event in line.events:
-            total[event.name][0] += event.duration_ns / 1e6
-            total[event.name][1] += 1
-  print(f"{sum(ms for ms, _ in total.values()):10.1f} ms in all kernels")
-  for name, (ms, calls) in sorted(total.items(), key=lambda item: -item[1][0])[:count]:
-    print(f"{ms:10.1f} ms {calls:6} x {name[:90]}")
 
 
 def bench(cfg, documents: int | None, steps: int, peak_tflops: float, profile: int) -> dict:
