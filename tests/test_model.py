@@ -16,6 +16,7 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.model import transformer as model
 from hysparse_jax.model.cache import init_cache
 from hysparse_jax.model.decoder_layer import TokenContext
+from hysparse_jax.model.fused import fused
 from hysparse_jax.model.hybrid import FullLayer, SparseLayer, by_layer
 from hysparse_jax.model.layers import positions_within
 from hysparse_jax.model.transformer import Transformer
@@ -158,6 +159,18 @@ def test_rows_share_pages_in_any_order():
   # Row 1's page is full at 32 tokens, and it has two; row 2 has three.
   full = cache._replace(length=jnp.array([51, 32, 34]))
   assert np.isnan(decode(net, tokens[:, 0], full)[0]).any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("fields", [
+  dict(), dict(gate="per_head", pattern="full window sparse full", attention="hysparse"),
+  dict(gate="none", local_branch=False), dict(local_shares_kv=True), dict(moe=MOE)], ids=str)
+def test_fused_weights_compute_the_same(fields):
+  net = make(variant(**fields))
+  side_by_side, tokens = fused(net), random_tokens((2, 40))
+  assert sum(x.size for x in jax.tree.leaves(side_by_side)) == sum(
+    x.size for x in jax.tree.leaves(net))
+  assert len(jax.tree.leaves(side_by_side)) < len(jax.tree.leaves(net))
+  assert_close(forward(side_by_side, tokens), forward(net, tokens), "decode_f32")
 
 
 def test_the_previous_tokens_blocks_do_not_decode():

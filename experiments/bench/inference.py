@@ -24,7 +24,9 @@ from flax import nnx
 from hysparse_jax import accounting
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference.load import with_dtype
+from hysparse_jax.inference.sampling import decode_options
 from hysparse_jax.model import cache as kv_cache
+from hysparse_jax.model.fused import fused
 from hysparse_jax.model.transformer import Transformer
 
 from .. import cli, rows
@@ -48,9 +50,9 @@ _NAME = flags.DEFINE_string("name", None, "Name of the rows; default the config'
 
 
 def random_model(cfg) -> Transformer:
-  """A model with random bfloat16 weights."""
-  return jax.jit(lambda key: with_dtype(Transformer(cfg, rngs=nnx.Rngs(key)), "bfloat16"))(
-    jax.random.key(0))
+  """A model with random bfloat16 weights, fused as for decoding."""
+  return fused(jax.jit(lambda key: with_dtype(Transformer(cfg, rngs=nnx.Rngs(key)), "bfloat16"))(
+    jax.random.key(0)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -95,7 +97,7 @@ def profiled(run):
 
 def decode(cfg, model, batch: int, length: int) -> dict:
   """The fields of a row that decoding at `length` tokens a sequence measures."""
-  @functools.partial(jax.jit, donate_argnums=2)
+  @functools.partial(jax.jit, donate_argnums=2, compiler_options=decode_options())
   def step(model, tokens, cache):
     logits, cache = model.decode(tokens, cache)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache

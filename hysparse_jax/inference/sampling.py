@@ -70,8 +70,20 @@ class _Programs(NamedTuple):
   """The jitted calls of one model; every cache they return has the same placement."""
 
   empty_cache: Callable   # (batch, max_tokens) -> DecodeState
-  prefill: Callable       # (model, tokens i32 [B, T], cache, lengths i32 [B], pages) -> logits, cache
+  prefill: Callable       # (model, tokens i32 [B, T], cache, lengths, num_pages) -> logits, cache
   decode: Callable        # (model, tokens i32 [B], cache) -> logits, cache
+
+
+def decode_options() -> dict:
+  """XLA's options for a program that decodes.
+
+  On a GPU products read a layer's part of stacked weights in place (only cuBLAS's do, and only with
+  dynamic-slice fusion), and none is merged with another by copying both weights side by side.
+  """
+  if implementations.platform() != "gpu":
+    return {}
+  return {"xla_gpu_enable_dynamic_slice_fusion": True, "xla_gpu_enable_triton_gemm": False,
+          "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 def _mesh_of(model: Transformer) -> jax.sharding.Mesh | None:
@@ -100,7 +112,8 @@ def _programs(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> _Programs:
                         out_shardings=places),
     prefill=jit(lambda model, tokens, cache, lengths, num_pages: model.prefill(
       tokens, cache, lengths, num_pages), static_argnames="num_pages"),
-    decode=jit(lambda model, tokens, cache: model.decode(tokens, cache)))
+    decode=jit(lambda model, tokens, cache: model.decode(tokens, cache),
+               compiler_options=decode_options()))
 
 
 def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: float = 1.0,

@@ -7,8 +7,8 @@ sequence's; the same pages serve it in every full layer. Sparse and window layer
 which do not grow. Buffers are stacked over layers, donated to the step that writes them and written
 in place.
 
-Axis letters: C hybrid blocks of a group, L layers of a run in all C, B batch, T new tokens, R pages,
-U pages a sequence has room for, K KV heads, W window, H head dim of keys, E of values.
+Axis letters: C hybrid blocks of a group, L layers of a run in all C, B batch, T new tokens,
+R pages, U pages a sequence has room for, K KV heads, W window, H head dim of keys, E of values.
 """
 
 from typing import NamedTuple

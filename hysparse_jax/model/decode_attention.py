@@ -4,7 +4,6 @@ Axis letters: B batch, N query heads, K KV heads, H head dim of queries and keys
 P selected blocks.
 """
 
-from functools import partial
 
 import pallas_kernels as ops
 from hysparse_jax.config import ModelConfig

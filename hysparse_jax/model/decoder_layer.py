@@ -12,9 +12,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hysparse_jax.config import ModelConfig
-from hysparse_jax.model.layers import Mlp, ones, rms_norm, rotary, scaled_normal, weight, zeros
+from hysparse_jax.model.fused import split
+from hysparse_jax.model.layers import (
+  Mlp,
+  ones,
+  product,
+  rms_norm,
+  rotary,
+  scaled_normal,
+  weight,
+  zeros,
+)
 from hysparse_jax.model.moe import Experts
 from hysparse_jax.sharding import STREAM, constrain
+from pallas_kernels import implementations
 
 
 class TokenContext(NamedTuple):
@@ -45,6 +56,11 @@ class TokenContext(NamedTuple):
     return (self.page_table is not None and self.positions.shape[1] == 1
             and not cfg.local_shares_kv)
 
+  def unrolled(self, cfg: ModelConfig) -> bool:
+    """Whether the scans over layers are unrolled: a GPU's loop would copy a layer's weights before
+    it multiplies by them, which costs a decoded token as much again twice over."""
+    return self.decodes(cfg) and implementations.platform() == "gpu"
+
 
 class DecoderLayer(nnx.Module):
   """What both kinds of layers have: pre-norm projections, output projection, FFN, residuals."""
@@ -69,23 +85,45 @@ class DecoderLayer(nnx.Module):
 
   @jax.named_scope("project")
   def project(self, x, context: TokenContext):
-    """The normed input y [B, T, D], q [B, T, N, H] and own k, v [B, T, K, .] or None, None."""
+    """What the layer attends with.
+
+    Returns:
+      q [B, T, N, H]; own k, v [B, T, K, .] or None, None; and what `gates` takes.
+    """
     cfg, rope = self.cfg, self.cfg.rope_of(self.kind)
     y = rms_norm(x, self.attn_norm[...], cfg.norm_eps)
-    heads = lambda w: jnp.einsum("btd,dnh->btnh", y, w[...].astype(y.dtype))
-    norm = lambda h, gain: rms_norm(h, gain[...], cfg.norm_eps)
-    q = heads(self.wq)
-    q = rotary(norm(q, self.q_norm) if cfg.qk_norm else q, context.positions, rope)
-    if not cfg.owns_kv(self.kind):
-      return y, q, None, None
-    k = heads(self.wk)
-    k = rotary(norm(k, self.k_norm) if cfg.qk_norm else k, context.positions, rope)
-    return y, q, k, heads(self.wv)
+    k = v = None
+    if hasattr(self, "w_in"):          # `fused`
+      q, k, v, gate_inputs = self._from_fused(y)
+    else:
+      heads = lambda w: product("btd,dnh->btnh", y, w[...])
+      q, gate_inputs = heads(self.wq), (y, y)
+      if cfg.owns_kv(self.kind):
+        k, v = heads(self.wk), heads(self.wv)
+    turned = lambda h, gain: rotary(
+      rms_norm(h, gain[...], cfg.norm_eps) if cfg.qk_norm else h, context.positions, rope)
+    q = turned(q, getattr(self, "q_norm", None))
+    if k is not None:
+      k = turned(k, getattr(self, "k_norm", None))
+    return q, k, v, gate_inputs
+
+  def _from_fused(self, y):
+    """q, k, v of one product, and the gates' pre-activations (sparse, local)."""
+    cfg = self.cfg
+    N, K, H, Hv = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.v_dim
+    branches = (self.kind == "sparse", cfg.has_local_branch(self.kind))
+    gate = {"elementwise": [(N, Hv)], "per_head": [(N, 1)], "none": []}[cfg.gate]
+    kv = [(K, H), (K, Hv)] if cfg.owns_kv(self.kind) else []
+    z = product("btd,dx->btx", y, self.w_in[...])
+    q, *rest = split(z, (N, H), *kv, *gate * sum(branches))
+    k, v = rest[:2] if kv else (None, None)
+    gates = iter(rest[len(kv):])
+    return q, k, v, tuple(next(gates, None) if there else None for there in branches)
 
   def finish(self, x, o, context: TokenContext):
     """Adds W_o o, then the FFN: [B, T, D], and the router's statistics or None."""
     with jax.named_scope("out"):
-      x = constrain(x + jnp.einsum("btnh,nhd->btd", o, self.wo[...].astype(o.dtype)), *STREAM)
+      x = constrain(x + product("btnh,nhd->btd", o, self.wo[...]), *STREAM)
     with jax.named_scope("mlp" if self.cfg.moe is None else "moe"):
       y = rms_norm(x, self.mlp_norm[...], self.cfg.norm_eps)
       out, router = self.mlp(y, context.valid)
@@ -107,11 +145,16 @@ class Branch(nnx.Module):
     self.sinks = weight(rngs, (N,), ("heads",), init=zeros) if cfg.sinks else None
 
   def __call__(self, y):
-    """y [B, T, D] -> sigmoid gates [B, T, N, Hv or 1] and sink logits f32 [N], or None each."""
+    """Sigmoid gates [B, T, N, Hv or 1] and sink logits f32 [N], or None each.
+
+    y is [B, T, D]; of a fused layer the gates before the sigmoid, [B, T, N, Hv or 1] or None.
+    """
     gate = sinks = None
     if self.gate is not None:
-      w = self.gate[...].astype(y.dtype)
-      gate = jax.nn.sigmoid(jnp.einsum("btd,dnh->btnh", y, w if w.ndim == 3 else w[..., None]))
+      w = self.gate[...]
+      y = product("btd,dnh->btnh", y, w if w.ndim == 3 else w[..., None])
+    if y is not None and y.ndim == 4:
+      gate = jax.nn.sigmoid(y)
     if self.sinks is not None:
       sinks = self.sinks[...]
     return gate, sinks

@@ -66,7 +66,7 @@ class FullLayer(DecoderLayer):
     """x [B, T, D] -> x, SharedKV, cache, LayerStats; `num_blocks` is P, 0 if none are read."""
     cfg = self.cfg
     wanted = 0 if cfg.block_choice == "random" else num_blocks
-    _, q, k, v = self.project(x, context)
+    q, k, v, _ = self.project(x, context)
     with jax.named_scope("attend"):
       if cache is not None:
         cache = kv_cache.append_full(cache, hybrid_block, k, v, context)
@@ -120,9 +120,10 @@ class SparseLayer(DecoderLayer):
     layer's place in the full layers' pages and in the ring.
     """
     with jax.named_scope(f"{self.kind}_layer"):
-      y, q, k, v = self.project(x, context)
-      gate_sparse, sinks_sparse = (None, None) if self.sparse is None else self.sparse(y)
-      gate_local, sinks_local = (None, None) if self.local is None else self.local(y)
+      q, k, v, inputs = self.project(x, context)
+      (gate_sparse, sinks_sparse), (gate_local, sinks_local) = (
+        (None, None) if branch is None else branch(y)
+        for branch, y in zip((self.sparse, self.local), inputs))
       branches = dict(gate_sparse=gate_sparse, gate_local=gate_local, sinks_sparse=sinks_sparse,
                       sinks_local=sinks_local)
       with jax.named_scope("attend"):
@@ -185,7 +186,8 @@ class HybridBlock(nnx.Module):
       ring = None if cache is None else cache.rings[r]
       (x, ring), stats = jax.lax.scan(
         rematerialised(self.cfg, "layer", step), (x, ring),
-        (jnp.arange(run.count, dtype=jnp.int32) + hybrid_block * run.count, layers))
+        (jnp.arange(run.count, dtype=jnp.int32) + hybrid_block * run.count, layers),
+        unroll=context.unrolled(self.cfg))
       rings.append(ring)
       all_stats.append(stats)
     cache = None if cache is None else cache._replace(rings=tuple(rings))
@@ -215,7 +217,7 @@ class HybridStack(nnx.Module):
       cache = None if caches is None else caches[index]
       (x, cache), stats = jax.lax.scan(
         rematerialised(self.cfg, "block", step), (x, cache),
-        (jnp.arange(group.count, dtype=jnp.int32), blocks))
+        (jnp.arange(group.count, dtype=jnp.int32), blocks), unroll=context.unrolled(self.cfg))
       new_caches.append(cache)
       all_stats.append(stats)
     return x, None if caches is None else tuple(new_caches), tuple(all_stats)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hysparse_jax.config import ModelConfig, RopeConfig
+from pallas_kernels import implementations
 
 
 def weight(rngs: nnx.Rngs, shape, names, *, in_axes=(), out_axes=(), init=None) -> nnx.Param:
@@ -129,6 +130,19 @@ def positions_within(segment_ids, shape):
   return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
+def product(equation: str, x, w, **options):
+  """`jnp.einsum` of x [B, T, ...] and a weight, which is rounded to x's dtype.
+
+  XLA for GPUs turns the product of a single row into a reduction, and that of one with a large
+  table into a float32 one: both read the weight at a third of the memory's rate or less. Two rows
+  are a matrix product, so a single one is multiplied twice.
+  """
+  w = w.astype(x.dtype)
+  if math.prod(x.shape[:2]) == 1 and implementations.platform() == "gpu":
+    return jnp.einsum(equation, jnp.concatenate([x, x]), w, **options)[:1]
+  return jnp.einsum(equation, x, w, **options)
+
+
 def valid_mean(x, valid):
   """Mean of x [B, T, ...] over the tokens of `valid` bool [B, T] (None: all) and the other axes."""
   per_token = jnp.mean(x, axis=tuple(range(2, x.ndim)), dtype=jnp.float32)
@@ -167,7 +181,9 @@ class Mlp(nnx.Module):
     `valid` bool [B, T] says which tokens a mixture's statistics are taken over.
     """
     del valid
-    w_gate, w_up, w_out = (w[...].astype(x.dtype) for w in (self.w_gate, self.w_up, self.w_out))
-    hidden = jax.nn.silu(jnp.einsum("btd,df->btf", x, w_gate)) * jnp.einsum(
-      "btd,df->btf", x, w_up)
-    return jnp.einsum("btf,fd->btd", hidden, w_out), None
+    linear = lambda x, w: product("btd,df->btf", x, w[...])
+    if hasattr(self, "w_gate_up"):     # `fused`
+      gate, up = jnp.split(linear(x, self.w_gate_up), 2, axis=-1)
+    else:
+      gate, up = linear(x, self.w_gate), linear(x, self.w_up)
+    return linear(jax.nn.silu(gate) * up, self.w_out), None

@@ -14,7 +14,14 @@ from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.cache import DecodeState
 from hysparse_jax.model.decoder_layer import TokenContext
 from hysparse_jax.model.hybrid import HybridStack
-from hysparse_jax.model.layers import ones, positions_within, rms_norm, scaled_normal, weight
+from hysparse_jax.model.layers import (
+  ones,
+  positions_within,
+  product,
+  rms_norm,
+  scaled_normal,
+  weight,
+)
 from hysparse_jax.sharding import STREAM, constrain
 from pallas_kernels import implementations
 
@@ -99,8 +106,8 @@ class Transformer(nnx.Module):
     context = TokenContext(cache.length[:, None] + steps, valid=steps < lengths[:, None],
                            page_table=table)
     x, groups, _ = self.stack(self.embed(tokens), context, cache.groups)
-    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    logits = self.logits(rms_norm(last, self.final_norm[...], self.cfg.norm_eps))
+    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+    logits = self.logits(rms_norm(last, self.final_norm[...], self.cfg.norm_eps))[:, 0]
     length = cache.length + lengths
     overflow = (lengths < 0) | (lengths > count)
     if cache.block_size is not None:
@@ -137,7 +144,7 @@ def _scores(hidden, head):
   Left in float32 it would turn both products of the backward pass, a tenth of a training step,
   into float32 ones.
   """
-  return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+  return product("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
 def _scores_bwd(saved, grad):
