@@ -24,6 +24,7 @@ from pallas_kernels import implementations
 # every key before it.
 PREFILL_CHUNK = {"cpu": 512, "gpu": 8192, "tpu": 8192}
 SHORTEST = 64         # tokens that a cache has room for at least
+SMALLEST_VIEW = 2048  # tokens of a cache below which a prefill call looks at all of it
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
@@ -64,6 +65,17 @@ def padded_length(tokens: int) -> int:
   """
   power = 1 << max(tokens - 1, SHORTEST - 1).bit_length()
   return power * 3 // 4 if SHORTEST <= tokens <= power * 3 // 4 else power
+
+
+def visible_tokens(end: int, room: int) -> int:
+  """The smallest of room, room / 4, room / 16, ... that is at least `end` and SMALLEST_VIEW.
+
+  What a prefill call of a prompt's tokens up to `end` looks at, so that a long prompt's first chunks
+  do not pay for its last ones, with few programs.
+  """
+  while room >= 4 * max(end, SMALLEST_VIEW):
+    room //= 4
+  return room
 
 
 class _Programs(NamedTuple):
@@ -161,13 +173,14 @@ def _generate(model, prompt, rows, max_new_tokens, key, stop_tokens, on_token, *
   programs = _programs_of(model)
   cache = programs.empty_cache(batch, padded_length(length + max_new_tokens))
   size = min(padded_length(length), PREFILL_CHUNK[implementations.platform()])
+  room = cache.max_tokens
   for start in range(0, length, size):
     chunk = prompt[:, start:start + size]
     used = chunk.shape[1]
     chunk = np.pad(chunk, ((0, 0), (0, size - used)))
     logits, cache = programs.prefill(
       model, chunk, cache, np.full((batch,), used, np.int32),
-      num_pages=kv_cache.pages_for(model.cfg, padded_length(start + used)))
+      num_pages=kv_cache.pages_for(model.cfg, visible_tokens(start + used, room)))
   done = np.zeros((rows,), bool)
   out: list[np.ndarray] = []
   for index in range(max_new_tokens):

@@ -162,16 +162,17 @@ def causal_chunks(attend, queries, keys, *, num_heads, offset=0, key_multiple=1)
   return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *outs)
 
 
-def query_chunks(attend, queries, keys, *, num_heads, recompute=None):
+def query_chunks(attend, queries, keys, *, num_heads, recompute=None, row_scores=None):
   """Runs `attend(queries, keys)` on slices of the queries, all keys each; see `causal_chunks`.
 
   Args:
     recompute: whether to go chunk by chunk and keep no scores for the backward pass; None
       decides by `KEPT_SCORES`.
+    row_scores: floats that one query of all rows needs; None: a score for each head and key.
   """
   batch, num_queries = jax.tree.leaves(queries)[0].shape[:2]
   num_keys = jax.tree.leaves(keys)[0].shape[1]
-  row_scores = batch * num_heads * num_keys
+  row_scores = row_scores or batch * num_heads * num_keys
   if recompute is None:
     recompute = row_scores * num_queries > KEPT_SCORES
   if not recompute:
