@@ -1,0 +1,1 @@
+"""Kernels of `cached_attention` for TPUs."""
