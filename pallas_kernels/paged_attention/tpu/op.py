@@ -93,8 +93,8 @@ def _check(op, q, k, v):
   if dtypes not in (["bfloat16"], ["float32"]):
     _refuse(op, f"q, keys, values {', '.join(dtypes)}", "all bfloat16 or all float32")
   for name, x in (("keys", k), ("values", v)):
-    if x.shape[-1] not in (64, 128, 256):
-      _refuse(op, f"head dim {x.shape[-1]} of {name}", "64, 128 or 256")
+    if x.shape[-1] not in (128, 256):      # others, such as 64, XLA keeps with pages as lanes
+      _refuse(op, f"head dim {x.shape[-1]} of {name}", "128 or 256")
   group = q.shape[1] // k.shape[2]
   if group > 128:
     _refuse(op, f"{group} query heads a KV head", "at most 128")
