@@ -34,8 +34,9 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
 
   ring_layer: i32 [], of rings [L,B,K,W,.].
   """
-  queries, out = q[:, None].astype(jnp.float32) * scale, 0.0
-  if k_pages is not None:
+  queries = q[:, None].astype(jnp.float32) * scale
+  out = jnp.zeros((*q.shape[:2], (v_ring if v_pages is None else v_pages).shape[-1]), jnp.float32)
+  if k_pages is not None and block_indices.shape[2]:
     out = _gated(gate_sparse, _selected(queries, k_pages, v_pages, block_indices, page_table,
                                         lengths, sinks_sparse, layer))
   if k_ring is not None:

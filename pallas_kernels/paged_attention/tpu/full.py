@@ -21,8 +21,6 @@ from pallas_kernels.reference.block_selection import select_blocks
 from pallas_kernels.softmax import INITIAL_MAX, MASKED
 from pallas_kernels.tpu import LANES, dot
 
-PAGE = 64                   # tokens
-
 
 @dataclasses.dataclass(frozen=True)
 class FullTiles:
@@ -31,15 +29,17 @@ class FullTiles:
   Attributes:
     kv_heads: of a program, a divisor of K.
     pages: of a step: a power of two up to 128, so that their maxima share one row of lanes.
+    page_tokens: S, of a page.
   """
 
   kv_heads: int
   pages: int
+  page_tokens: int
 
   @property
   def tokens(self):
     """Of a step."""
-    return self.pages * PAGE
+    return self.pages * self.page_tokens
 
 
 def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, num_blocks, scale,
@@ -76,7 +76,7 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, n
   )(lengths, layer[None], page_table[:, None], q, k_pages, v_pages)
   if not num_blocks:
     return out, jnp.zeros((batch, kv_heads, 0), jnp.int32)
-  candidate = jnp.arange(room, dtype=jnp.int32) * PAGE < lengths[:, None, None]
+  candidate = jnp.arange(room, dtype=jnp.int32) * tiles.page_tokens < lengths[:, None, None]
   weights = weights.reshape(batch, kv_heads, -1)[..., :room]
   return out, select_blocks(jnp.where(candidate, weights, -jnp.inf), num_blocks)
 
@@ -85,20 +85,21 @@ def _kernel(length_ref,           # SMEM i32 [B]
             layer_ref,            # SMEM i32 [1]
             table_ref,            # SMEM i32 [1,U]
             q_ref,                # [h,G,H], h the program's KV heads
-            k_pages, v_pages,     # [C,R,K,64,H], [C,R,K,64,E], where they are
+            k_pages, v_pages,     # [C,R,K,S,H], [C,R,K,S,E], where they are
             out_ref,              # [h,G,E]
             weight_ref,           # f32 [h,C/128,128], of pages
-            k_ref, v_ref,         # [2,h,S,H], [2,h,S,E]: two steps of S tokens
+            k_ref, v_ref,         # [2,h,X,H], [2,h,X,E]: two steps of X tokens
             semaphores,           # [2,2]: step, keys or values
             m_ref, l_ref,         # f32 [h,G,128], every lane the same
             acc_ref,              # f32 [h,G,E]
             max_ref,              # f32 [h,C/128,G,128], of the logits in a page
             *, tiles, scale):
+  size = tiles.page_tokens
   length = length_ref[pl.program_id(0)]
   heads = pl.ds(pl.program_id(1) * tiles.kv_heads, tiles.kv_heads)
-  pages = pl.cdiv(length, PAGE)
+  pages = pl.cdiv(length, size)
   steps = pl.cdiv(pages, tiles.pages)
-  tokens_of = lambda i: pl.ds(pl.multiple_of(i * PAGE, PAGE), PAGE)
+  tokens_of = lambda i: pl.ds(pl.multiple_of(i * size, size), size)
   m_ref[...] = jnp.full_like(m_ref, INITIAL_MAX)
   l_ref[...] = jnp.zeros_like(l_ref)
   acc_ref[...] = jnp.zeros_like(acc_ref)
@@ -119,27 +120,27 @@ def _kernel(length_ref,           # SMEM i32 [B]
 
   def attend(step):
     slot, first = lax.rem(step, 2), step * tiles.pages
-    seen = length - first * PAGE
+    seen = length - first * size
 
     # Values of tokens that are not there: the softmax gives them 0, but 0 * NaN is NaN.
     def clear(i, _):
       v = v_ref[slot, :, tokens_of(i)]
-      token = i * PAGE + lax.broadcasted_iota(jnp.int32, v.shape, 1)
+      token = i * size + lax.broadcasted_iota(jnp.int32, v.shape, 1)
       v_ref[slot, :, tokens_of(i)] = jnp.where(token < seen, v.astype(jnp.float32), 0.0).astype(
         v.dtype)
       return 0
 
-    lax.fori_loop(jnp.minimum(lax.div(seen, PAGE), tiles.pages), tiles.pages, clear, 0)
+    lax.fori_loop(jnp.minimum(lax.div(seen, size), tiles.pages), tiles.pages, clear, 0)
     token = lax.broadcasted_iota(jnp.int32, (1, tiles.tokens), 1)
     score_row, lane = lax.div(first, LANES), lax.rem(first, LANES)
     lanes = lax.broadcasted_iota(jnp.int32, m_ref.shape[1:], 1)
     for h in range(tiles.kv_heads):
-      s = dot(q_ref[h], k_ref[slot, h], (1, 1)) * scale                  # [G,S]
+      s = dot(q_ref[h], k_ref[slot, h], (1, 1)) * scale                  # [G,X]
       s = jnp.where(token < seen, s, MASKED)
       m_before = m = m_ref[h]
       kept = max_ref[h, score_row]
       for i in range(tiles.pages):
-        of_page = s[:, i * PAGE:(i + 1) * PAGE].max(axis=1, keepdims=True)
+        of_page = s[:, i * size:(i + 1) * size].max(axis=1, keepdims=True)
         kept = jnp.where(lanes == lane + i, of_page, kept)
         m = jnp.maximum(m, of_page)
       max_ref[h, score_row] = kept

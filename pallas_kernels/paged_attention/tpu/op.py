@@ -8,8 +8,10 @@ from pallas_kernels.paged_attention.tpu import full, sparse
 from pallas_kernels.tpu import LANES
 
 ROWS = 16                 # a KV head's query heads are padded to a multiple of this
-STEP_BYTES = 1 << 20      # of keys in a step of the full op, at most: some 1 us of HBM
-SCORE_BYTES = 8 << 20     # of logits' maxima in VMEM, at most
+PIECE_BYTES = 1 << 17     # of one page's keys in one copy of the full op, at most
+STEP_BYTES = 1 << 20      # of the keys of one of its steps, at most: some 1 us of HBM
+STEP_TOKENS = 1024        # of one of its steps, at most
+SCORE_BYTES = 8 << 20     # of the logits' maxima that it has in VMEM, at most
 BLOCK_BYTES = 4 << 20     # of a program of the sparse op, at most
 
 
@@ -21,6 +23,7 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, **options):
   """
   op = "paged_oracle_attention"
   _check(op, q, k_pages, v_pages)
+  _check_pages(op, k_pages)
   heads = q.shape[1]
   q = _by_kv_head(q, k_pages.shape[2])
   tiles = _tiles(op, q, k_pages, v_pages, page_table.shape[1])
@@ -44,6 +47,8 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
       _check(op, q, k, v)
       kv_heads = k.shape[2]
       needed += pieces * k.shape[3] * (k.shape[-1] + v.shape[-1]) * k.dtype.itemsize
+  if k_pages is not None:
+    _check_pages(op, k_pages)
   if needed > BLOCK_BYTES:
     _refuse(op, f"{needed} bytes of selected pages and window to a KV head",
             f"at most {BLOCK_BYTES}")
@@ -75,17 +80,19 @@ def _tiles(op, q, k_pages, v_pages, room):
   room: U, pages of the longest sequence.
   """
   batch, kv_heads, rows, _ = q.shape
-  page_bytes = full.PAGE * max(k_pages.shape[-1], v_pages.shape[-1]) * k_pages.dtype.itemsize
-  score_bytes = 4 * round_up(room, LANES) * rows
-  if score_bytes > SCORE_BYTES:
-    _refuse(op, f"{room} pages a sequence", f"at most {SCORE_BYTES // (4 * rows)}")
+  size, width, v_width = *k_pages.shape[3:], v_pages.shape[-1]
+  page_bytes = size * max(width, v_width) * k_pages.dtype.itemsize
+  most = SCORE_BYTES // (4 * rows * LANES) * LANES
+  if room > most:
+    _refuse(op, f"{room} pages a sequence", f"at most {most}")
   heads = max(n for n in range(1, kv_heads + 1) if n == 1 or kv_heads % n == 0 and (
-    n * score_bytes <= SCORE_BYTES and n * page_bytes <= STEP_BYTES
+    n * round_up(room, LANES) <= most and n * page_bytes <= PIECE_BYTES
     and batch * kv_heads >= 2 * n))
   pages = 1
-  while pages < min(room, LANES // 8) and 2 * pages * heads * page_bytes <= STEP_BYTES:
+  while pages < min(room, LANES) and (2 * pages * size <= STEP_TOKENS
+                                      and 2 * pages * heads * page_bytes <= STEP_BYTES):
     pages *= 2
-  return full.FullTiles(heads, pages)
+  return full.FullTiles(heads, pages, size)
 
 
 def _check(op, q, k, v):
@@ -98,6 +105,11 @@ def _check(op, q, k, v):
   group = q.shape[1] // k.shape[2]
   if group > 128:
     _refuse(op, f"{group} query heads a KV head", "at most 128")
+
+
+def _check_pages(op, k_pages):
+  if k_pages.shape[3] % 16 or k_pages.shape[3] > 256:
+    _refuse(op, f"pages of {k_pages.shape[3]} tokens", "a multiple of 16 up to 256")
 
 
 def _refuse(op, found, wanted):

@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.paged_attention.tpu.full import PAGE
 from pallas_kernels.softmax import INITIAL_MAX, MASKED
 from pallas_kernels.tpu import dot
 
@@ -33,15 +32,15 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
   pages = seen = at_layer = at_ring = jnp.zeros(1, jnp.int32)
   picks = 0
   if k_pages is not None:
-    picks, at_layer = block_indices.shape[2], layer[None]
-    seen = jnp.where(block_indices < 0, 0, lengths[:, None, None] - block_indices * PAGE)
+    picks, size, at_layer = block_indices.shape[2], k_pages.shape[3], layer[None]
+    seen = jnp.where(block_indices < 0, 0, lengths[:, None, None] - block_indices * size)
     known = jnp.clip(block_indices, 0, page_table.shape[1] - 1).reshape(batch, -1)
     pages = jnp.take_along_axis(page_table, known, axis=1).reshape(seen.shape)
     # Any page will do for a block that is not seen.
     pages, seen = jnp.where(seen > 0, pages, 0).reshape(-1), seen.reshape(-1)
     for name, x in (("k", k_pages), ("v", v_pages)):
       for i in range(picks):
-        operands[f"{name}{i}"] = x, _page(i, picks, kv_heads, x.shape[-1])
+        operands[f"{name}{i}"] = x, _page(i, picks, kv_heads, *x.shape[3:])
   if k_ring is not None:
     at_ring = ring_layer[None]
     for name, x in (("k_ring", k_ring), ("v_ring", v_ring)):
@@ -73,10 +72,10 @@ def _row(*shape):
   return pl.BlockSpec((None, None, *shape), lambda b, h, *_: (b, h, 0, 0))
 
 
-def _page(i, picks, kv_heads, width):
-  """Spec of one KV head's part of its row's selected page i, of pages [C,R,K,64,width]."""
+def _page(i, picks, kv_heads, *shape):
+  """Spec of one KV head's part of its row's selected page i, of pages [C,R,K,.,.]."""
   return pl.BlockSpec(
-    (None, None, None, PAGE, width),
+    (None, None, None, *shape),
     lambda b, h, pages, seen, lengths, layer, ring_layer: (
       layer[0], pages[(b * kv_heads + h) * picks + i], h, 0, 0))
 
@@ -84,7 +83,7 @@ def _page(i, picks, kv_heads, width):
 def _kernel(page_ref, seen_ref,   # SMEM i32 [B*K*P]: pages, and how many of their tokens are seen
             length_ref,           # SMEM i32 [B]
             layer_ref, ring_layer_ref, *refs, names, picks, scale):
-  """refs: [G,H] of q; [64,H], [64,E] of pages; [W,H], [W,E] of the ring; [G,E or 1], [G,1] of gates
+  """refs: [G,H] of q; [S,H], [S,E] of pages; [W,H], [W,E] of the ring; [G,E or 1], [G,1] of gates
   and sinks; out [G,E].
   """
   del page_ref, layer_ref, ring_layer_ref                 # of the index maps
