@@ -1,4 +1,4 @@
-"""The paged ops: references against float64 loops and the cached ops; kernels compile for CUDA."""
+"""The paged ops: references against float64 loops and the oracle; kernels compile for CUDA."""
 
 import functools
 import os
@@ -51,8 +51,8 @@ def test_oracle_is_float64_loops(name):
 def test_any_permutation_of_pages_is_the_contiguous_cache(name):
   s, x = inputs(name, 2)
   out, indices = oracle(x.q, *x.cache, *x.where, layer=x.layer, num_blocks=s.num_blocks)
-  want, want_indices = pallas_kernels.cached_oracle_attention(
-    x.q[:, None], x.k, x.v, jnp.asarray(last(x.lengths)), num_blocks=s.num_blocks)
+  want, want_indices = pallas_kernels.oracle_attention(
+    x.q[:, None], x.k, x.v, query_offset=x.lengths - 1, num_blocks=s.num_blocks)
   assert_close(out, want[:, 0], "attention_routes_f32")
   np.testing.assert_array_equal(indices, want_indices[:, :, 0])
 

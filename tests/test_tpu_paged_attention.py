@@ -133,10 +133,12 @@ def test_either_branch_alone(branch):
 
 
 def test_without_selection_in_one_step():
-  """The tiles that a TPU gets; plain attention."""
-  case = Case((200, 3), 8, 2)
+  """The tiles that a TPU gets; plain attention; a length beyond the table reads no entry beyond it.
+  """
+  case = Case((192, 3), 8, 2)
   x = inputs(case)
-  arrays, options = (x.q, *x.cache, *x.where), dict(layer=x.layer, num_blocks=0, scale=SCALE)
+  arrays = x.q, *x.cache, x.page_table[:, :3], x.lengths.at[0].add(1)
+  options = dict(layer=x.layer, num_blocks=0, scale=SCALE)
   out, picked = mosaic_tpu.paged_oracle_attention(*arrays, interpret=case.interpret, **options)
   assert picked.shape == (2, 2, 0)
   tpu_interpret.assert_like_reference(out, oracle_reference(*arrays, **options)[0], "float32")

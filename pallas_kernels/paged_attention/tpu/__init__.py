@@ -1,1 +1,1 @@
-"""Kernels of `cached_attention` for TPUs."""
+"""Kernels of `paged_attention` for TPUs."""

@@ -58,6 +58,8 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, n
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
   f32 = lambda *shape: pltpu.VMEM((heads, *shape), jnp.float32)
   buffer = lambda width: pltpu.VMEM((2, heads, tiles.tokens, width), k_pages.dtype)
+  lengths = jnp.minimum(lengths, room * tiles.page_tokens)
+  inside = lambda x, axis: jnp.clip(x, 0, k_pages.shape[axis] - 1)      # nothing left to check
   out, weights = pl.pallas_call(
     functools.partial(_kernel, tiles=tiles, scale=scale),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -71,9 +73,10 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, n
     out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, rows, v_width), q.dtype),
                jax.ShapeDtypeStruct((batch, kv_heads, score_rows, LANES), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=tpu.vmem_limit()),
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=tpu.vmem_limit(),
+      disable_bounds_checks=True),
     interpret=interpret, name="paged_oracle_attention",
-  )(lengths, layer[None], page_table[:, None], q, k_pages, v_pages)
+  )(lengths, inside(layer, 0)[None], inside(page_table, 1)[:, None], q, k_pages, v_pages)
   if not num_blocks:
     return out, jnp.zeros((batch, kv_heads, 0), jnp.int32)
   candidate = jnp.arange(room, dtype=jnp.int32) * tiles.page_tokens < lengths[:, None, None]

@@ -31,18 +31,20 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
   operands = {"q": (q, _row(rows, width))}
   pages = seen = at_layer = at_ring = jnp.zeros(1, jnp.int32)
   picks = 0
+  # Clipped, what a block that is not seen names is legal too: any page will do for it.
+  inside = lambda x, size: jnp.clip(x, 0, size - 1)
   if k_pages is not None:
-    picks, size, at_layer = block_indices.shape[2], k_pages.shape[3], layer[None]
+    picks, size = block_indices.shape[2], k_pages.shape[3]
+    at_layer = inside(layer, k_pages.shape[0])[None]
     seen = jnp.where(block_indices < 0, 0, lengths[:, None, None] - block_indices * size)
-    known = jnp.clip(block_indices, 0, page_table.shape[1] - 1).reshape(batch, -1)
-    pages = jnp.take_along_axis(page_table, known, axis=1).reshape(seen.shape)
-    # Any page will do for a block that is not seen.
-    pages, seen = jnp.where(seen > 0, pages, 0).reshape(-1), seen.reshape(-1)
+    known = inside(block_indices, page_table.shape[1]).reshape(batch, -1)
+    pages = inside(jnp.take_along_axis(page_table, known, axis=1), k_pages.shape[1]).reshape(-1)
+    seen = seen.reshape(-1)
     for name, x in (("k", k_pages), ("v", v_pages)):
       for i in range(picks):
         operands[f"{name}{i}"] = x, _page(i, picks, kv_heads, *x.shape[3:])
   if k_ring is not None:
-    at_ring = ring_layer[None]
+    at_ring = inside(ring_layer, k_ring.shape[0])[None]
     for name, x in (("k_ring", k_ring), ("v_ring", v_ring)):
       operands[name] = x, pl.BlockSpec(
         (None, None, None, *x.shape[3:]),
@@ -62,7 +64,8 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
       out_specs=_row(rows, v_width)),
     out_shape=jax.ShapeDtypeStruct((batch, kv_heads, rows, v_width), q.dtype),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=tpu.vmem_limit()),
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=tpu.vmem_limit(),
+      disable_bounds_checks=True),
     interpret=interpret, name="paged_sparse_layer_attention",
   )(pages, seen, lengths, at_layer, at_ring, *arrays)
 
@@ -100,12 +103,14 @@ def _kernel(page_ref, seen_ref,   # SMEM i32 [B*K*P]: pages, and how many of the
       scores.append(jnp.where(lax.broadcasted_iota(jnp.int32, (1, s.shape[1]), 1) < n, s, MASKED))
     sinks = refs.get(f"sinks_{kind}")
     m = jnp.full((out_ref.shape[0], 1), INITIAL_MAX) if sinks is None else sinks[...]
-    m = functools.reduce(jnp.maximum, [s.max(axis=1, keepdims=True) for s in scores], m)
-    l = 0.0 if sinks is None else jnp.exp(sinks[...] - m)
+    m = jnp.maximum(m, functools.reduce(jnp.maximum, scores).max(axis=1, keepdims=True))
+    weights = [jnp.exp(s - m) for s in scores]
+    l = sum(weights).sum(axis=1, keepdims=True)
+    if sinks is not None:
+      l += jnp.exp(sinks[...] - m)
     acc = 0.0
-    for s, name, n in zip(scores, values, seen):
-      p, v = jnp.exp(s - m), refs[name][...]
-      l += p.sum(axis=1, keepdims=True)
+    for p, name, n in zip(weights, values, seen):
+      v = refs[name][...]
       token = lax.broadcasted_iota(jnp.int32, v.shape, 0)
       v = jnp.where(token < n, v.astype(jnp.float32), 0.0).astype(v.dtype)   # 0 * NaN is NaN
       acc += dot(p.astype(v.dtype), v, (1, 0))
