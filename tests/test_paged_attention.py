@@ -120,7 +120,7 @@ def test_what_the_kernels_do_not_take_is_named(dtype, head_dim, message):
 
 @pytest.mark.parametrize("op,change,message", [
   ("oracle", dict(k_pages=jnp.zeros((1, 2, 2, 32, 4))),
-   "k_pages has shape [1, 2, 2, 32, 4]; wanted [C,R,K,S=64,H=4]"),
+   "v_pages has shape [1, 2, 2, 64, 4]; wanted [C=1,R=2,K=2,S=32,E]"),
   ("oracle", dict(lengths=jnp.zeros(2)), "lengths is float32; wanted int32"),
   ("sparse_layer", dict(v_ring=None), "give k_ring, v_ring, ring_layer together"),
   ("sparse_layer", dict(gate_sparse=jnp.zeros((2, 4, 3))),

@@ -166,10 +166,10 @@ def test_other_dtypes_head_dims_and_groups_compile(op, dtype, head_dim, group):
 
 @pytest.mark.parametrize("op", ["paged_oracle_attention", "paged_sparse_layer_attention"])
 @pytest.mark.parametrize("generation, name, dtype, change", [
-  ("v5p", "80b", "bfloat16", {}), ("v5e", "80b", "bfloat16", {}),
+  ("v5p", "80b", "bfloat16", {}), ("v5e", "80b", "float32", {}),
   ("v6e", "7b", "bfloat16", dict(batch=16)),
-  ("v5p", "7b", "float32", dict(batch=3, head_dim=256, value_head_dim=128, num_heads=3,
-                                num_kv_heads=3, block_size=16))])
+  ("v5p", "7b", "bfloat16", dict(batch=3, head_dim=256, value_head_dim=128, num_heads=2,
+                                 num_kv_heads=2, block_size=16))])
 def test_paged_ops_compile_and_copy_no_cache(op, generation, name, dtype, change):
   """At the paper models' heads and 131,072 tokens; other head dims, dtypes, pages and heads."""
   if generation not in GENERATIONS:

@@ -50,7 +50,7 @@ CASES = {
 
 
 def inputs(case, seed=0, **given):
-  """A `Paged` with pages of the case's size."""
+  """A `Paged` with pages of the case's size; entries past a row's pages name none that exists."""
   x = paged(seed, case.lengths, case.heads, case.kv_heads, case.head_dim, case.v_dim, case.dtype,
             **given)
   parts = 64 // case.page_tokens
@@ -61,6 +61,8 @@ def inputs(case, seed=0, **given):
     return pages.reshape(layers, count * parts, kv_heads, -1, width)
 
   table = (x.page_table[..., None] * parts + jnp.arange(parts)).reshape(len(case.lengths), -1)
+  used = jnp.arange(table.shape[1]) * case.page_tokens < x.lengths[:, None]
+  table = jnp.where(used, table, 10**6)
   return dataclasses.replace(x, k_pages=cut(x.k_pages), v_pages=cut(x.v_pages), page_table=table)
 
 
@@ -145,14 +147,17 @@ def test_without_selection_in_one_step():
 
 
 def test_ties_go_to_the_lower_block(two_pages_a_step):
-  """Blocks of the same keys weigh the same, within a step and across steps."""
+  """Blocks of the same keys weigh the same, within a step and across steps. With one query head and
+  this scale all but the best kind weigh so little that a row of padding must not count.
+  """
   kinds = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
-  case = Case((640,), 4, 1, num_blocks=5)
+  case = Case((640,), 1, 1, num_blocks=5)
   keys = small_integers(1, 1, 3, 64, 1, 128)[:, kinds].reshape(1, 640, 1, 128)
   x = inputs(case, k=keys)
-  _, picked = mosaic_tpu.paged_oracle_attention(
-    x.q, *x.cache, *x.where, layer=x.layer, num_blocks=5, scale=SCALE, interpret=case.interpret)
-  _, want = oracle_reference(x.q, *x.cache, *x.where, layer=x.layer, num_blocks=5, scale=SCALE)
+  options = dict(layer=x.layer, num_blocks=5, scale=4.0)
+  _, picked = mosaic_tpu.paged_oracle_attention(x.q, *x.cache, *x.where,
+                                                interpret=case.interpret, **options)
+  _, want = oracle_reference(x.q, *x.cache, *x.where, **options)
   np.testing.assert_array_equal(picked, want)
   # The whole of the best kind, then the lowest of the next.
   blocks = np.asarray(picked)[0, 0]
