@@ -12,6 +12,7 @@ PIECE_BYTES = 1 << 17     # of one page's keys in one copy of the full op, at mo
 STEP_BYTES = 1 << 20      # of the keys of one of its steps, at most: some 1 us of HBM
 STEP_TOKENS = 1024        # of one of its steps, at most
 SCORE_BYTES = 8 << 20     # of the logits' maxima that it has in VMEM, at most
+MOST_PAGES = 32768        # of a sequence: two rows of the page table are in SMEM
 BLOCK_BYTES = 4 << 20     # of a program of the sparse op, at most
 
 
@@ -82,11 +83,11 @@ def _tiles(op, q, k_pages, v_pages, room):
   batch, kv_heads, rows, _ = q.shape
   size, width, v_width = *k_pages.shape[3:], v_pages.shape[-1]
   page_bytes = size * max(width, v_width) * k_pages.dtype.itemsize
-  most = SCORE_BYTES // (4 * rows * LANES) * LANES
+  most = min(MOST_PAGES, SCORE_BYTES // (4 * rows * LANES) * LANES)
   if room > most:
     _refuse(op, f"{room} pages a sequence", f"at most {most}")
   heads = max(n for n in range(1, kv_heads + 1) if n == 1 or kv_heads % n == 0 and (
-    n * round_up(room, LANES) <= most and n * page_bytes <= PIECE_BYTES
+    n * room * rows * 4 <= SCORE_BYTES and n * page_bytes <= PIECE_BYTES
     and batch * kv_heads >= 2 * n))
   pages = 1
   while pages < min(room, LANES) and (2 * pages * size <= STEP_TOKENS
