@@ -18,8 +18,8 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, n
   """Attention of each sequence's last token over all its tokens, and the token's top-P blocks.
 
   The cache is paged: token p of sequence b is slot p % S of page `page_table[b, p // S]`, where a
-  page is a block of S tokens (64 in the kernels). The slots, pages and table entries after the last
-  token are never read: they may hold anything, NaN included. Rows of any lengths may stand
+  page is a block of S tokens (64 in the Triton kernels). The slots, pages and table entries after
+  the last token are never read: they may hold anything, NaN included. Rows of any lengths may stand
   together: work is split by pages, not by rows.
 
   Args:
