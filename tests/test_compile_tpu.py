@@ -32,7 +32,7 @@ def test_steps_compile_over_a_slice():
   for room in (2048, 4096):
     decode = compile_tpu.lower("decode", cache, mesh, tokens=room, chunk=256)
     text = decode.as_text()
-    for kernel in ("cached_oracle_attention", "cached_block_sparse_attention"):
+    for kernel in ("paged_oracle_attention", "paged_sparse_layer_attention"):
       assert f'kernel_name = "{kernel}"' in text
     memory = decode.compile().memory_analysis()
     sizes[room] = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -266,9 +266,8 @@ def test_cached_ops_obey_the_implementation():
   shape = dict(head_dim=128, block_size=64, selected_tokens=128, window=128)
   with jax.sharding.use_abstract_mesh(TPU):
     chosen = model.implementations_of(variant(**shape), 1, 512, decode=True)
-    assert chosen == {"cached_oracle_attention": "mosaic_tpu",
-                      "cached_block_sparse_attention": "mosaic_tpu",
-                      "cached_sliding_window_attention": "reference"}
+    assert chosen == {"paged_oracle_attention": "mosaic_tpu",
+                      "paged_sparse_layer_attention": "mosaic_tpu"}
     named = variant(implementation="reference", **shape)
     assert set(model.implementations_of(named, 1, 512, decode=True).values()) == {"reference"}
 

@@ -1,4 +1,4 @@
-"""The paged ops: references against float64 loops and the cached ops; kernels compile for CUDA."""
+"""The paged ops: references against float64 loops and the oracle; kernels compile for CUDA."""
 
 import functools
 import os
@@ -51,8 +51,8 @@ def test_oracle_is_float64_loops(name):
 def test_any_permutation_of_pages_is_the_contiguous_cache(name):
   s, x = inputs(name, 2)
   out, indices = oracle(x.q, *x.cache, *x.where, layer=x.layer, num_blocks=s.num_blocks)
-  want, want_indices = pallas_kernels.cached_oracle_attention(
-    x.q[:, None], x.k, x.v, jnp.asarray(last(x.lengths)), num_blocks=s.num_blocks)
+  want, want_indices = pallas_kernels.oracle_attention(
+    x.q[:, None], x.k, x.v, query_offset=x.lengths - 1, num_blocks=s.num_blocks)
   assert_close(out, want[:, 0], "attention_routes_f32")
   np.testing.assert_array_equal(indices, want_indices[:, :, 0])
 
@@ -120,7 +120,7 @@ def test_what_the_kernels_do_not_take_is_named(dtype, head_dim, message):
 
 @pytest.mark.parametrize("op,change,message", [
   ("oracle", dict(k_pages=jnp.zeros((1, 2, 2, 32, 4))),
-   "k_pages has shape [1, 2, 2, 32, 4]; wanted [C,R,K,S=64,H=4]"),
+   "v_pages has shape [1, 2, 2, 64, 4]; wanted [C=1,R=2,K=2,S=32,E]"),
   ("oracle", dict(lengths=jnp.zeros(2)), "lengths is float32; wanted int32"),
   ("sparse_layer", dict(v_ring=None), "give k_ring, v_ring, ring_layer together"),
   ("sparse_layer", dict(gate_sparse=jnp.zeros((2, 4, 3))),

@@ -1,5 +1,6 @@
 """Every TPU kernel compiled for TPUs that are not there: what overflows VMEM or HBM fails here."""
 
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -14,6 +15,7 @@ from experiments.tpu_static import cases as tpu_cases
 from pallas_kernels import tpu
 from pallas_kernels.named_shapes import AttentionShape
 from pallas_kernels.oracle_attention.tpu import op as mosaic_tpu
+from pallas_kernels.paged_attention.shapes import SHAPES as PAGED
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu is not published for this platform")
@@ -160,6 +162,23 @@ def test_other_dtypes_head_dims_and_groups_compile(op, dtype, head_dim, group):
   # [T, T] array of scores would be 60 units and more.
   padded = nbytes(arrays[0]) * max(128 // head_dim, 1)
   assert memory.temp_size_in_bytes <= 16 * padded
+
+
+@pytest.mark.parametrize("op", ["paged_oracle_attention", "paged_sparse_layer_attention"])
+@pytest.mark.parametrize("generation, name, dtype, change", [
+  ("v5p", "80b", "bfloat16", {}), ("v5e", "80b", "float32", {}),
+  ("v6e", "7b", "bfloat16", dict(batch=16)),
+  ("v5p", "7b", "bfloat16", dict(batch=3, head_dim=256, value_head_dim=128, num_heads=2,
+                                 num_kv_heads=2, block_size=16))])
+def test_paged_ops_compile_and_copy_no_cache(op, generation, name, dtype, change):
+  """At the paper models' heads and 131,072 tokens; other head dims, dtypes, pages and heads."""
+  if generation not in GENERATIONS:
+    pytest.skip("compiled on the newer stack alone")
+  fn, arrays = tpu_cases.case(op, dataclasses.replace(PAGED[name], **change), "fwd", dtype)
+  lowered = tpu.lower_for(generation, fn, *arrays)
+  assert f'kernel_name = "{op}"' in lowered.as_text()
+  # A row's keys are 128 MB or more; weights, lists and queries by KV head are some 100 kB a row.
+  assert lowered.compile().memory_analysis().temp_size_in_bytes <= arrays[0].shape[0] << 19
 
 
 def test_overflows_are_errors():

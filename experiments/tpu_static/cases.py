@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels.block_sparse_attention.tpu import op as sparse_tpu
 from pallas_kernels.oracle_attention.tpu import op as oracle_tpu
+from pallas_kernels.paged_attention.tpu import op as paged_tpu
 from pallas_kernels.sliding_window_attention.tpu import op as window_tpu
 from pallas_kernels.sparse_layer_attention.tpu import op as layer_tpu
 
@@ -86,6 +87,42 @@ def _block_sparse_plan(shape, dtype):
     (shape.batch, shape.num_kv_heads, shape.tokens, shape.num_blocks), jnp.int32),)
 
 
+def _paged(shape, dtype):
+  """Queries, a layer of a stack of two, with room for `shape.tokens` in every row, i32 operands."""
+  i32 = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)
+  array = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+  room = -(-shape.tokens // shape.block_size)
+  pages = lambda width: array(2, shape.batch * room, shape.num_kv_heads, shape.block_size, width)
+  return (array(shape.batch, shape.num_heads, shape.head_dim), pages(shape.head_dim),
+          pages(shape.v_dim), i32(shape.batch, room), i32(shape.batch), i32())
+
+
+def _paged_oracle(shape, dtype):
+  def op(q, k_pages, v_pages, page_table, lengths, layer, **where):
+    del where
+    return paged_tpu.paged_oracle_attention(
+      q, k_pages, v_pages, page_table, lengths, layer=layer, num_blocks=shape.num_blocks,
+      scale=shape.head_dim ** -0.5)
+  return op, _paged(shape, dtype)
+
+
+def _paged_sparse_layer(shape, dtype):
+  """Elementwise gates, and sinks in both branches."""
+  def op(q, k_pages, v_pages, page_table, lengths, layer, block_indices, k_ring, v_ring,
+         gate_sparse, gate_local, sinks_sparse, sinks_local, **where):
+    del where
+    return paged_tpu.paged_sparse_layer_attention(
+      q, k_pages, v_pages, block_indices, page_table, lengths, k_ring, v_ring, gate_sparse,
+      gate_local, sinks_sparse=sinks_sparse, sinks_local=sinks_local, layer=layer,
+      ring_layer=layer, scale=shape.head_dim ** -0.5)
+  ring = lambda width: jax.ShapeDtypeStruct(
+    (2, shape.batch, shape.num_kv_heads, shape.window, width), dtype)
+  blocks = jax.ShapeDtypeStruct((shape.batch, shape.num_kv_heads, shape.num_blocks), jnp.int32)
+  gate = jax.ShapeDtypeStruct((shape.batch, shape.num_heads, shape.v_dim), dtype)
+  return op, (*_paged(shape, dtype), blocks, ring(shape.head_dim), ring(shape.v_dim), gate, gate,
+              _sinks(shape), _sinks(shape))
+
+
 def _splash(shape, dtype):
   """The public peer, B=1; under a vjp its forward saves the lse."""
   def op(q, k, v, **where):
@@ -103,6 +140,8 @@ CASES = {
   "block_sparse_plan": _block_sparse_plan,
   "hybrid_sparse_attention": _sparse_layer,
   "hybrid_sparse_attention_lists": functools.partial(_sparse_layer, dense=False),
+  "paged_oracle_attention": _paged_oracle,
+  "paged_sparse_layer_attention": _paged_sparse_layer,
   "splash_attention": _splash,
 }
 

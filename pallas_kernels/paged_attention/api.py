@@ -3,12 +3,14 @@
 from pallas_kernels import checks, implementations
 from pallas_kernels.paged_attention import reference
 
-_GPU = "pallas_kernels.paged_attention.gpu.op"
+_KERNELS = {"triton": "pallas_kernels.paged_attention.gpu.op",
+            "mosaic_tpu": "pallas_kernels.paged_attention.tpu.op"}
 
 _AVAILABLE = {
-  name: {"reference": getattr(reference, name), "triton": implementations.lazy(f"{_GPU}:{name}")}
+  name: {"reference": getattr(reference, name),
+         **{of: implementations.lazy(f"{module}:{name}") for of, module in _KERNELS.items()}}
   for name in ("paged_oracle_attention", "paged_sparse_layer_attention")}
-_BY_PLATFORM = {name: {"gpu": ("triton",)} for name in _AVAILABLE}
+_BY_PLATFORM = {name: {"gpu": ("triton",), "tpu": ("mosaic_tpu",)} for name in _AVAILABLE}
 
 
 def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, num_blocks=16,
@@ -16,8 +18,8 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, n
   """Attention of each sequence's last token over all its tokens, and the token's top-P blocks.
 
   The cache is paged: token p of sequence b is slot p % S of page `page_table[b, p // S]`, where a
-  page is a block of S tokens (64 in the kernels). The slots, pages and table entries after the last
-  token are never read: they may hold anything, NaN included. Rows of any lengths may stand
+  page is a block of S tokens (64 in the Triton kernels). The slots, pages and table entries after
+  the last token are never read: they may hold anything, NaN included. Rows of any lengths may stand
   together: work is split by pages, not by rows.
 
   Args:
@@ -30,7 +32,7 @@ def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, n
     layer: i32 [], of k_pages and v_pages.
     num_blocks: P, blocks to select; 0 selects none.
     scale: of the logits; None is 1/sqrt(H).
-    implementation: "reference", "triton" (NVIDIA GPUs), or None to pick by platform.
+    implementation: "reference", "triton" (NVIDIA GPUs), "mosaic_tpu", or None to pick by platform.
 
   Returns:
     out [B,N,E] in q's dtype, and block_indices i32 [B,K,P]: numbers of blocks in the sequence (not
@@ -81,7 +83,7 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
     layer: i32 [], of k_pages and v_pages.
     ring_layer: i32 [], of k_ring and v_ring.
     scale: of the logits of both branches; None is 1/sqrt(H).
-    implementation: "reference", "triton" (NVIDIA GPUs), or None to pick by platform.
+    implementation: "reference", "triton" (NVIDIA GPUs), "mosaic_tpu", or None to pick by platform.
 
   Returns:
     out [B,N,E] in q's dtype.

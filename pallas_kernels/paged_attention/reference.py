@@ -6,22 +6,25 @@ the pages and table entries after it, and ring slots that were never written.
 
 import jax.numpy as jnp
 
-from pallas_kernels.cached_attention.reference import cached_oracle_attention
+from pallas_kernels.reference.block_selection import attend_and_select
 from pallas_kernels.reference.masked_attention import masked_attention
 
 
 def paged_oracle_attention(q, k_pages, v_pages, page_table, lengths, *, layer, num_blocks, scale):
-  """`cached_oracle_attention` of the last token over its gathered pages; see `api.py`."""
+  """`oracle_attention` of the last token over its gathered pages; see `api.py`."""
   page_size = k_pages.shape[3]
+  tokens = jnp.arange(page_table.shape[1] * page_size, dtype=jnp.int32)
+  visible = tokens < lengths[:, None]                                    # [B,U*S]
 
-  def gather(pages):      # [C,R,K,S,H] -> [B,U*S,K,H]
+  def gather(pages):      # [C,R,K,S,H] -> f32 [B,U*S,K,H]
     pages = pages[layer, jnp.clip(page_table, 0, pages.shape[1] - 1)].swapaxes(2, 3)
-    return pages.reshape(pages.shape[0], -1, *pages.shape[3:])
+    keys = pages.reshape(pages.shape[0], -1, *pages.shape[3:])
+    return jnp.where(visible[..., None, None], keys, 0).astype(jnp.float32)
 
-  out, block_indices = cached_oracle_attention(
-    q[:, None], gather(k_pages), gather(v_pages), lengths[:, None] - 1, block_size=page_size,
-    num_blocks=num_blocks, scale=scale)
-  return out[:, 0], block_indices[:, :, 0]
+  out, block_indices = attend_and_select(
+    q[:, None].astype(jnp.float32) * scale, gather(k_pages), gather(v_pages),
+    visible[:, None, None], block_size=page_size, num_blocks=num_blocks)
+  return out[:, 0].astype(q.dtype), block_indices[:, 0]
 
 
 def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table, lengths, k_ring,
@@ -31,8 +34,9 @@ def paged_sparse_layer_attention(q, k_pages, v_pages, block_indices, page_table,
 
   ring_layer: i32 [], of rings [L,B,K,W,.].
   """
-  queries, out = q[:, None].astype(jnp.float32) * scale, 0.0
-  if k_pages is not None:
+  queries = q[:, None].astype(jnp.float32) * scale
+  out = jnp.zeros((*q.shape[:2], (v_ring if v_pages is None else v_pages).shape[-1]), jnp.float32)
+  if k_pages is not None and block_indices.shape[2]:
     out = _gated(gate_sparse, _selected(queries, k_pages, v_pages, block_indices, page_table,
                                         lengths, sinks_sparse, layer))
   if k_ring is not None:
