@@ -315,8 +315,12 @@ def test_sharing_the_kv_takes_projections_away():
 def test_remat_changes_memory_not_values():
   """Six hybrid blocks, so that what each saves outweighs what one needs while it is recomputed."""
   batch, results, temporaries = random_batch(), [], []
+  cfg = variant(num_layers=18, pattern=" ".join(["full sparse sparse"] * 6))
+  params = jax.tree.leaves(make(cfg))
   for remat in ("none", "layer", "block"):
-    net = make(variant(num_layers=18, remat=remat))
+    other = dataclasses.replace(cfg, remat=remat)
+    abstract = jax.eval_shape(lambda cfg=other: Transformer(cfg, rngs=nnx.Rngs(0)))
+    net = jax.tree.unflatten(jax.tree.structure(abstract), params)
     program = jax.jit(jax.value_and_grad(
       lambda net: losses.next_token(TRAIN, net, batch)[0])).lower(net).compile()
     value, grads = program(net)
