@@ -83,10 +83,10 @@ def test_a_range_of_queries_compiles(op):
   assert memory.temp_size_in_bytes <= units * nbytes(arrays[0]) + 6 * keys
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", [g for g in GENERATIONS if g != "v6e"])
 def test_sparse_layer_forward_compiles(generation):
   """As under a gradient, when the kernel writes both branches too. Its backward kernels are those
-  of the ops above. Heads of 7B are compiled below, and for a range of the queries above.
+  of the ops above. Heads of 7B are compiled below, and for a range of the queries above; v6e below.
   """
   num_heads, kv_heads = HEADS["80b"]
   shape = AttentionShape(tokens=131_072, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=128)
@@ -98,11 +98,11 @@ def test_sparse_layer_forward_compiles(generation):
 
 
 @pytest.mark.skipif("v6e" not in GENERATIONS, reason="compiled on the newer stack alone")
-@pytest.mark.parametrize("heads", HEADS)
-def test_the_dense_form_compiles(heads):
+@pytest.mark.parametrize("heads, tokens", [("7b", 8_192), ("80b", 131_072)])
+def test_the_dense_form_compiles(heads, tokens):
   """v6e has one beside the lists, in one program with them."""
   num_heads, kv_heads = HEADS[heads]
-  shape = AttentionShape(tokens=8_192, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=128)
+  shape = AttentionShape(tokens=tokens, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=128)
   fn, arrays = tpu_cases.case("hybrid_sparse_attention", shape, "fwd")
   lowered = tpu.lower_for("v6e", lambda *args: jax.vjp(fn, *args)[0], *arrays)
   assert lowered.as_text().count('kernel_name = "block_sparse_forward"') == 2
