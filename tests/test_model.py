@@ -22,6 +22,7 @@ from hysparse_jax.model.layers import positions_within
 from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.training import losses
 from tests.tolerances import TOLERANCES, assert_close
+from tests.weights import drawn
 
 # Two groups of layers, (full + 2) and a last full one; 8 blocks of 16 keys at T=128, 2 selected.
 SMALL = config.ModelConfig(
@@ -43,9 +44,7 @@ def variant(**fields):
   return dataclasses.replace(SMALL, **fields)
 
 
-@functools.lru_cache
-def make(cfg, seed=0):
-  return jax.jit(lambda key: Transformer(cfg, rngs=nnx.Rngs(key)))(jax.random.key(seed))
+make = functools.lru_cache(drawn)
 
 
 @jax.jit
@@ -316,11 +315,8 @@ def test_remat_changes_memory_not_values():
   """Six hybrid blocks, so that what each saves outweighs what one needs while it is recomputed."""
   batch, results, temporaries = random_batch(), [], []
   cfg = variant(num_layers=18, pattern=" ".join(["full sparse sparse"] * 6))
-  params = jax.tree.leaves(make(cfg))
   for remat in ("none", "layer", "block"):
-    other = dataclasses.replace(cfg, remat=remat)
-    abstract = jax.eval_shape(lambda cfg=other: Transformer(cfg, rngs=nnx.Rngs(0)))
-    net = jax.tree.unflatten(jax.tree.structure(abstract), params)
+    net = make(dataclasses.replace(cfg, remat=remat))
     program = jax.jit(jax.value_and_grad(
       lambda net: losses.next_token(TRAIN, net, batch)[0])).lower(net).compile()
     value, grads = program(net)
