@@ -21,6 +21,7 @@ from hysparse_jax.model.hybrid import FullLayer, SparseLayer, by_layer
 from hysparse_jax.model.layers import positions_within
 from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.training import losses
+from tests.older import older
 from tests.tolerances import TOLERANCES, assert_close
 from tests.weights import drawn
 
@@ -77,14 +78,16 @@ def random_batch(shape=(4, 64), seed=2, cut=21):
                positions_within(segments, shape), weights)
 
 
-@pytest.mark.parametrize("fields", [
+@pytest.mark.parametrize("fields", older([
   dict(), dict(attention="full"), dict(attention="swa"), dict(local_shares_kv=True),
   dict(moe=MOE), dict(block_choice="random"), dict(gate="none", sinks=False),
   dict(local_branch=False), dict(pattern="full sparse full window sparse", num_layers=5),
   dict(pattern="window window full sparse full sparse", num_layers=6),
   dict(pattern="window window", num_layers=2),
   dict(pattern="full window sparse sparse", local_shares_kv=True),
-  dict(pattern="full sparse window full", rope=NOPE, rope_window=PARTIAL)], ids=str)
+  dict(pattern="full sparse window full", rope=NOPE, rope_window=PARTIAL)],
+  dict(), dict(moe=MOE), dict(pattern="window window full sparse full sparse", num_layers=6)),
+  ids=str)
 def test_decoding_equals_one_pass(fields):
   net = make(variant(**fields))
   tokens = random_tokens((2, 70))
