@@ -7,6 +7,7 @@ start them with XLA's defaults, which tests on an accelerator have too. There XL
 of the references, which takes 14 s a program, and several processes may share the memory.
 """
 
+import gc
 import os
 
 import pytest
@@ -20,6 +21,12 @@ else:
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")   # programs keep nothing in the user's cache
+
+# Each process has a core to itself: threads of OpenBLAS would only wait for each other. Python
+# collects garbage seldom: tracing makes millions of objects that stay, and each collection visits
+# them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+gc.set_threshold(100_000, 50, 50)
 
 import jax  # noqa: E402  (after the flags)
 

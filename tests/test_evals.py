@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from hysparse_jax.config import ModelConfig
 from hysparse_jax.data.batches import Batch
@@ -15,10 +14,10 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.evals import needle as needle_eval
 from hysparse_jax.evals import oracle as oracle_eval
 from hysparse_jax.model.hybrid import by_layer
-from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.training import heldout as heldout_eval
 from pallas_kernels.reference import masked_attention
 from tests.tolerances import assert_close
+from tests.weights import drawn
 
 # Layers: full sparse sparse, twice, and a last full one. Three of up to twelve blocks are picked.
 CFG = ModelConfig(num_layers=7, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=16,
@@ -26,13 +25,9 @@ CFG = ModelConfig(num_layers=7, d_model=16, num_heads=4, num_kv_heads=2, head_di
 T = 48
 
 
-def _new(cfg):
-  return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))()
-
-
 @pytest.fixture(scope="module")
 def model():
-  model = _new(CFG)
+  model = drawn(CFG)
   # Larger queries, so that attention is peaked and selections differ.
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: leaf * 4 if "wq" in jax.tree_util.keystr(path) else leaf, model)
@@ -41,7 +36,7 @@ def model():
 @pytest.fixture(scope="module")
 def small():
   """Full, sparse, full; all of the 12 blocks are picked."""
-  return _new(dataclasses.replace(CFG, selected_tokens=T, num_layers=3, sparse_per_full=1))
+  return drawn(dataclasses.replace(CFG, selected_tokens=T, num_layers=3, sparse_per_full=1))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +128,7 @@ def test_unrolled_trace_is_the_model(model, batch):
 
 def test_trace_and_figures_of_a_mixed_pattern(batch):
   cfg = dataclasses.replace(CFG, pattern="window full sparse window sparse full window")
-  mixed = _new(cfg)
+  mixed = drawn(cfg)
   hidden, layers = oracle_eval.trace(mixed, batch.tokens, batch.segment_ids)
   expected, stats = mixed.hidden(batch.tokens, batch.segment_ids)
   assert_close(hidden, expected, "unrolled_f32")
@@ -244,7 +239,7 @@ def test_picking_everything_covers_everything(small, batch):
 
 
 def test_oracle_needs_an_oracle(batch):
-  full = _new(ModelConfig(attention="full", num_layers=1, d_model=8, num_heads=1, num_kv_heads=1,
+  full = drawn(ModelConfig(attention="full", num_layers=1, d_model=8, num_heads=1, num_kv_heads=1,
                           head_dim=8, d_ff=8))
   with pytest.raises(UserError, match="attention='full'"):
     oracle_eval.oracle(full, [batch])

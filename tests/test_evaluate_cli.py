@@ -3,12 +3,10 @@
 import json
 import sys
 
-import jax
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from flax import nnx
 
 from experiments import cli, evaluate, generate
 from hysparse_jax import plots
@@ -16,8 +14,8 @@ from hysparse_jax.config import Config, DataConfig, ModelConfig
 from hysparse_jax.data.tokenizer import ByteTokenizer
 from hysparse_jax.inference.load import Run
 from hysparse_jax.inference.sampling import generate_text
-from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.tasks import token_tasks
+from tests.weights import drawn
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def run(tmp_path_factory):
                       sparse_per_full=1, block_size=8, selected_tokens=16, window=8,
                       dtype="float32"),
     data=DataConfig(source=str(folder), seq_len=64, batch_size=2, heldout_fraction=0.4))
-  model = jax.jit(lambda: Transformer(cfg.model, rngs=nnx.Rngs(0)))()
+  model = drawn(cfg.model)
   return Run(cfg, model, ByteTokenizer(), 7)
 
 

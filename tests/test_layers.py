@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from hysparse_jax.config import ModelConfig, RopeConfig
+from hysparse_jax.config import ModelConfig, MoeConfig, RopeConfig
 from hysparse_jax.errors import UserError
 from hysparse_jax.model.layers import rope_frequencies, rotary, valid_mean
+from hysparse_jax.model.transformer import Transformer
 from tests.tolerances import assert_close
+from tests.weights import drawn
 
 X = np.asarray(jax.random.normal(jax.random.key(0), (2, 5, 3, 16)), np.float64)
 POSITIONS = np.array([[0, 1, 2, 3, 4], [7, 8, 900, 901, 902]])
@@ -85,3 +88,17 @@ def test_the_mean_leaves_padding_out():
   assert_close(valid_mean(x, None), X.mean(), "same_sum_f32")
   assert_close(valid_mean(x, valid), np.concatenate([X[0], X[1, :2]]).mean(), "same_sum_f32")
   assert valid_mean(x, jnp.zeros((2, 5), bool)) == 0
+
+
+def test_drawn_weights_are_like_the_initialisers():
+  """What `tests.weights.drawn` gives other tests: the same tree, shapes, dtypes and scales."""
+  cfg = ModelConfig(num_layers=3, pattern="window full sparse", d_model=64, num_heads=4,
+                    num_kv_heads=2, head_dim=32, qk_norm=True, block_size=8, selected_tokens=16,
+                    vocab_size=128, moe=MoeConfig(4, 2, 32, bias_update_rate=0.1))
+  real, mine = jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))(), drawn(cfg)
+  assert jax.tree.structure(mine) == jax.tree.structure(real)
+  for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(mine), jax.tree.leaves(real)):
+    assert (got.aval.str_short(), got.weak_type) == (want.aval.str_short(), want.weak_type)
+    np.testing.assert_allclose([got.mean(), got.std()], [want.mean(), want.std()], rtol=0.1,
+                               atol=0.1 * float(jnp.abs(want).max()), err_msg=str(path))
+    assert abs(got.std() - want.std()) <= 0.1 * want.std(), path

@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from hysparse_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoeConfig
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference.load import load_run, with_dtype
 from hysparse_jax.inference.sampling import generate
-from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.sharding import make_mesh
 from hysparse_jax.training import run
 from hysparse_jax.training.checkpoint import Checkpoints
+from tests.weights import drawn
 
 
 def config(dtype):
@@ -23,16 +22,12 @@ def config(dtype):
     moe=MoeConfig(4, 2, 8, bias_update_rate=0.1)), data=DataConfig(seq_len=64, batch_size=2))
 
 
-def made(cfg):
-  return jax.jit(lambda: Transformer(cfg.model, rngs=nnx.Rngs(0)))()
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   folder, cfg = tmp_path_factory.mktemp("run"), config("float32")
   run.write_config(folder, cfg)
   with Checkpoints(folder / "checkpoints") as checkpoints:
-    checkpoints.save(3, {"model": made(cfg)}, {}, block=True)
+    checkpoints.save(3, {"model": drawn(cfg.model)}, {}, block=True)
   return folder
 
 
@@ -60,7 +55,7 @@ def test_bfloat16_weights(saved):
 
 
 def test_bfloat16_weights_change_no_logit_of_a_bfloat16_model():
-  model = made(config("bfloat16"))
+  model = drawn(config("bfloat16").model)
   tokens = np.random.default_rng(0).integers(0, 256, (2, 24))
   logits = jax.jit(lambda model, tokens: model(tokens))
   np.testing.assert_array_equal(logits(with_dtype(model, "bfloat16"), tokens),
@@ -69,7 +64,7 @@ def test_bfloat16_weights_change_no_logit_of_a_bfloat16_model():
 
 def test_prefill_and_decode_in_64_bit_jax():
   prompt = np.random.default_rng(0).integers(0, 256, (2, 20))
-  model = made(config("float32"))
+  model = drawn(config("float32").model)
   want = generate(model, prompt, 4, temperature=0)
   with jax.enable_x64(True):
     np.testing.assert_array_equal(generate(model, prompt, 4, temperature=0), want)

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from hysparse_jax.config import Config, DataConfig, ModelConfig
 from hysparse_jax.data.batches import Corpus, TrainStream
-from hysparse_jax.model.transformer import Transformer
 from pallas_kernels import oracle_attention
 from tests.corpora import write_folder
 from tests.tolerances import assert_close
+from tests.weights import drawn
 
 BLOCK, T = 8, 256
 # Lengths that end inside a key block, at its end and right behind it.
@@ -46,7 +45,7 @@ def packed_row(cfg):
 
 def largest_difference(cfg):
   """Between the logits of documents in a packed row and alone, over the largest logit."""
-  model = jax.jit(lambda: Transformer(cfg.model, rngs=nnx.Rngs(0)))()
+  model = drawn(cfg.model)
   row, spans = packed_row(cfg)
   # All of them in one call: a row each, the document first and padding behind it.
   alone = np.zeros((len(spans), T), np.int32)

@@ -3,16 +3,15 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from hysparse_jax.config import ModelConfig
 from hysparse_jax.data.tokenizer import ByteTokenizer
 from hysparse_jax.errors import UserError
 from hysparse_jax.evals import recall as recall_eval
 from hysparse_jax.evals.recall import recall, recall_text
-from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.tasks import scores, token_tasks
 from hysparse_jax.tasks.token_tasks import TASKS, Ids
+from tests.weights import drawn
 
 IDS = Ids(0, 256)
 CFG = ModelConfig(num_layers=3, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16,
@@ -21,7 +20,7 @@ CFG = ModelConfig(num_layers=3, d_model=16, num_heads=2, num_kv_heads=1, head_di
 
 @pytest.fixture(scope="module")
 def model():
-  return jax.jit(lambda: Transformer(CFG, rngs=nnx.Rngs(0)))()
+  return drawn(CFG)
 
 
 def test_rules_by_hand():

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from hysparse_jax.config import MeshConfig, ModelConfig
 from hysparse_jax.data.tokenizer import ByteTokenizer
@@ -12,9 +11,9 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.inference import sampling
 from hysparse_jax.inference.sampling import generate, generate_text, sample_token
 from hysparse_jax.inference.text_stream import TextStream
-from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.sharding import make_mesh, shardings
 from tests.tolerances import assert_close
+from tests.weights import drawn
 
 LOGITS = np.log([0.05, 0.4, 0.1, 0.3, 0.15])
 
@@ -23,7 +22,7 @@ LOGITS = np.log([0.05, 0.4, 0.1, 0.3, 0.15])
 def model():
   cfg = ModelConfig(num_layers=3, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16,
                     sparse_per_full=1, block_size=4, selected_tokens=8, window=8, dtype="float32")
-  return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))()
+  return drawn(cfg)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import pallas_kernels
 from hysparse_jax import config, sharding
@@ -15,12 +14,12 @@ from hysparse_jax.data import batches as data
 from hysparse_jax.errors import UserError
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.hybrid import by_layer
-from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.training import losses
 from hysparse_jax.training import step as train_step
 from hysparse_jax.training.checkpoint import Checkpoints
 from tests.test_configs import REPO
 from tests.tolerances import assert_close
+from tests.weights import drawn
 
 MESHES = {
   "data": dict(data=8, fsdp=1), "fsdp": dict(fsdp=8), "tensor": dict(fsdp=1, tensor=2),
@@ -50,8 +49,7 @@ def batch_of(cfg):
 
 @functools.lru_cache
 def weights_of(cfg):
-  return jax.device_get(jax.jit(lambda key: Transformer(cfg.model, rngs=nnx.Rngs(key)))(
-    jax.random.key(0)))
+  return jax.device_get(drawn(cfg.model))
 
 
 def gradients(cfg, mesh):
