@@ -22,7 +22,7 @@ class Account:
   prefill_flops: int                     # of one prompt, logits of its last token only
   kv_bytes_per_token: int                # what the cache grows by
   kv_bytes_constant: int                 # window rings
-  kv_bytes_total: int                    # of one sequence
+  kv_bytes_total: int                    # of one sequence, in whole pages
   kv_read_bytes_per_decoded_token: int   # at that length
 
 
@@ -45,7 +45,7 @@ def account(cfg: ModelConfig, tokens: int, kv_dtype: str = "bf16") -> Account:
     prefill_flops=prefill_flops(cfg, tokens),
     kv_bytes_per_token=per_token,
     kv_bytes_constant=constant,
-    kv_bytes_total=per_token * tokens + constant,
+    kv_bytes_total=per_token * -(-tokens // cfg.block_size) * cfg.block_size + constant,
     kv_read_bytes_per_decoded_token=_kv_reads(cfg, tokens) * KV_DTYPE_BYTES[kv_dtype])
 
 

@@ -1,11 +1,6 @@
 """The attention ops of HySparse: one public function each, one `implementation` argument."""
 
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention, plan_blocks
-from pallas_kernels.cached_attention.api import (
-  cached_block_sparse_attention,
-  cached_oracle_attention,
-  cached_sliding_window_attention,
-)
 from pallas_kernels.oracle_attention.api import oracle_attention
 from pallas_kernels.paged_attention.api import (
   paged_oracle_attention,
@@ -19,9 +14,6 @@ from pallas_kernels.sparse_layer_attention.api import (
 
 __all__ = [
   "block_sparse_attention",
-  "cached_block_sparse_attention",
-  "cached_oracle_attention",
-  "cached_sliding_window_attention",
   "hybrid_sparse_attention",
   "oracle_attention",
   "paged_oracle_attention",

@@ -29,7 +29,7 @@ def table():
 def dispatch(op):
   """(_AVAILABLE, _BY_PLATFORM) of an op."""
   kind = op.split("_")[0]
-  several = kind in ("cached", "paged")
+  several = kind == "paged"
   api = importlib.import_module(f"pallas_kernels.{f'{kind}_attention' if several else op}.api")
   return (api._AVAILABLE[op], api._BY_PLATFORM[op]) if several else (
     api._AVAILABLE, api._BY_PLATFORM)

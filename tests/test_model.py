@@ -299,7 +299,7 @@ def test_all_blocks_selected_is_full_attention_over_the_shared_kv():
 
   after, shared, actual = both(x)
 
-  _, q, _, _ = layer.project(after, context)
+  q, *_ = layer.project(after, context)
   q = q.reshape(2, 100, 2, 2, 16)
   scores = jnp.einsum("btkgh,bskh->bkgts", q, shared.k) / 4.0
   scores = jnp.where(jnp.tril(jnp.ones((100, 100), bool)), scores, -jnp.inf)

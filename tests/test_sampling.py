@@ -78,7 +78,7 @@ def test_greedy_is_the_argmax_of_one_forward_pass(model, prompt):
 @pytest.mark.parametrize("chunk", [8, 20])
 def test_chunked_prefill_changes_nothing(model, prompt, chunk, monkeypatch):
   whole = generate(model, prompt, 8, seed=4)
-  monkeypatch.setattr(sampling, "PREFILL_CHUNK", chunk)   # 21 tokens: the last chunk is padded
+  monkeypatch.setitem(sampling.PREFILL_CHUNK, "cpu", chunk)   # 21 tokens: the last chunk is padded
   np.testing.assert_array_equal(generate(model, prompt, 8, seed=4), whole)
 
 

@@ -1,1 +1,0 @@
-"""Kernels of `cached_attention` for TPUs."""
