@@ -113,12 +113,14 @@ def test_a_mixed_pattern_decodes_on_a_mesh_as_on_one_device():
   net, tokens = jax.tree.map(jnp.asarray, weights_of(cfg)), batch_of(cfg).tokens[:4, :41]
   expected = np.asarray(net(tokens))
   mesh = mesh_of(MESHES["mixed"])
-  cache = net.init_cache(4, 48)
+  with jax.set_mesh(mesh):
+    cache = net.init_cache(4, 48)
+  assert cache.page_table.tolist() == [[0, 1, 2]] * 4        # each shard has one row's pages
   places = kv_cache.shardings(cache, mesh)
   assert jax.tree.structure(places) == jax.tree.structure(cache)
   for leaf, place in zip(jax.tree.leaves(cache), jax.tree.leaves(places)):
     axes = {axis for entry in place.spec if entry for axis in np.atleast_1d(entry)}
-    assert axes >= ({"data", "fsdp"} if leaf.ndim == 1 else {"data", "fsdp", "tensor"})
+    assert axes >= ({"data", "fsdp"} if leaf.ndim < 5 else {"data", "fsdp", "tensor"})
   options = dict(out_shardings=(None, places), donate_argnums=2)
   with jax.set_mesh(mesh):
     net = jax.device_put(net, sharding.shardings(net, mesh))
@@ -132,13 +134,14 @@ def test_a_mixed_pattern_decodes_on_a_mesh_as_on_one_device():
 
 
 def test_a_mixed_pattern_trains_one_step():
-  cfg = config.override(load("tiny_moe", "hysparse"), *MIXED, "model.moe.bias_update_rate=0.01")
-  mesh = mesh_of(MOE_MESHES["mixed"])
+  cfg = config.override(load("tiny_moe", "hysparse"), "model.pattern=window full sparse",
+                        "model.num_layers=3", "model.moe.bias_update_rate=0.01")
+  mesh = mesh_of(dict(fsdp=2, expert=2))
   program = train_step.build(cfg, mesh)
   with jax.set_mesh(mesh):
-    before = jax.device_get(program.init(jax.random.key(0)))
-    after, metrics = program.step(program.init(jax.random.key(0)),
-                                  jax.device_put(batch_of(cfg), program.batch_sharding))
+    state = program.init(jax.random.key(0))
+    before = jax.tree.map(np.array, state)                   # the step takes the state's memory
+    after, metrics = program.step(state, jax.device_put(batch_of(cfg), program.batch_sharding))
   assert bool(metrics.ok) and np.isfinite(float(metrics.loss))
   for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before.model),
                               jax.tree.leaves(after.model), strict=True):
@@ -146,7 +149,7 @@ def test_a_mixed_pattern_trains_one_step():
   kinds = [(layer.gate_sparse is None, layer.gate_local is None)
            for layer in by_layer(cfg.model, metrics.layers)]
   window, full, sparse = (True, False), (True, True), (False, False)
-  assert kinds == [window, full, sparse, window, sparse]
+  assert kinds == [window, full, sparse]
 
 
 def test_a_misspelt_axis_or_operand_is_an_error():
@@ -163,7 +166,8 @@ def test_every_array_argument_of_the_ops_has_logical_axes():
              "implementation"}
   ops = [getattr(pallas_kernels, name) for name in pallas_kernels.__all__]
   arguments = {name for op in ops for name in inspect.signature(op).parameters}
-  assert arguments - options == set(sharding.OPERANDS) - {"out"}
+  assert arguments - options == set(sharding.OPERANDS) - {
+    "out", "query_positions", "valid"}                       # of the cache's own functions
   for axes in sharding.OPERANDS.values():
     sharding.spec(axes)
 

@@ -70,8 +70,8 @@ def padded_length(tokens: int) -> int:
 def visible_tokens(end: int, room: int) -> int:
   """The smallest of room, room / 4, room / 16, ... that is at least `end` and SMALLEST_VIEW.
 
-  What a prefill call of a prompt's tokens up to `end` looks at, so that a long prompt's first chunks
-  do not pay for its last ones, with few programs.
+  What a prefill call of a prompt's tokens up to `end` looks at: a long prompt's first chunks do not
+  pay for its last ones, with few programs.
   """
   while room >= 4 * max(end, SMALLEST_VIEW):
     room //= 4
