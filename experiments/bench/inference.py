@@ -58,15 +58,17 @@ def random_model(cfg) -> Transformer:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def filled_cache(cfg, batch: int, length: int) -> kv_cache.DecodeState:
   """A cache with `length` tokens a sequence and room for 128 more, all of them noise."""
-  cache = kv_cache.init_cache(cfg, batch, length + 128)
+  empty = functools.partial(kv_cache.init_cache, cfg, batch, length + 128)
+  table = empty().page_table           # of the empty cache nothing else is made
 
   def noise(x):
-    index = jax.lax.iota(jnp.uint32, x.size).reshape(x.shape)
+    index = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(prime)
+                for axis, prime in enumerate((7919, 104729, 1299709, 15485863, 179424673)))
     bits = (index * jnp.uint32(0x9E3779B9)) ^ (index >> 7)
     return ((bits >> 16).astype(jnp.float32) / 32768 - 1).astype(x.dtype)
 
-  return cache._replace(length=jnp.full((batch,), length, jnp.int32),
-                        groups=jax.tree.map(noise, cache.groups))
+  return kv_cache.DecodeState(jnp.full((batch,), length, jnp.int32), table,
+                              jax.tree.map(noise, jax.eval_shape(empty).groups))
 
 
 def weight_bytes(model) -> int:
