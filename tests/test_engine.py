@@ -14,8 +14,8 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.inference.engine import Engine
 from hysparse_jax.inference.requests import Request
 from hysparse_jax.inference.sampling import generate, generate_text, sample_rows, sample_token
-from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.sharding import make_mesh, shardings
+from tests import weights
 from tests.tolerances import assert_close
 
 CFG = ModelConfig(num_layers=3, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=16,
@@ -24,13 +24,9 @@ ROOM = dict(slots=3, max_tokens=60, chunk=16)        # 15 pages a sequence
 FEW = 17                                             # pages, where three sequences want more
 
 
-def make(cfg=CFG):
-  return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))()
-
-
 @pytest.fixture(scope="module")
 def model():
-  return make()
+  return weights.drawn(CFG)
 
 
 def prompts(*lengths, seed=0):
@@ -130,7 +126,7 @@ def test_the_newest_is_preempted_and_the_oldest_runs_on(model):
 def test_a_prefix_that_was_there_changes_no_bit(model, fields):
   """With rings and pages, without rings, without pages."""
   if fields:
-    model = make(dataclasses.replace(CFG, num_layers=2, **fields))
+    model = weights.drawn(dataclasses.replace(CFG, num_layers=2, **fields))
   system, first, second = prompts(37, 8, 15)
   requests = [Request(np.concatenate([system, end]), 6, seed=3, logprobs=1)
               for end in (first, second, first)]

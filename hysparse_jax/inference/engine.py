@@ -21,7 +21,7 @@ from hysparse_jax.errors import UserError
 from hysparse_jax.inference import slots as slot_programs
 from hysparse_jax.inference.pages import PagePool, Prefix, PrefixCache, chunk_digests
 from hysparse_jax.inference.requests import Handle, Request, TokenLogprobs, checked_prompt
-from hysparse_jax.inference.sampling import SHORTEST, mesh_of, padded_length
+from hysparse_jax.inference.sampling import SHORTEST, mesh_of, visible_tokens
 from hysparse_jax.inference.slots import Drawn, Settings
 from hysparse_jax.inference.text_stream import TextStream
 from hysparse_jax.model import cache as kv_cache
@@ -57,7 +57,7 @@ class _Job:
     self.key = np.asarray(jax.random.key_data(key_of(handle.request.seed)))
     self.stream = (None if tokenizer is None
                    else TextStream(tokenizer, handle.request.stop, prompt))
-    self.slot: int | None = None
+    self.slot = -1                   # -1: none
     self.length = 0                  # tokens in the cache
     self.pages: list[int] = []
 
@@ -65,8 +65,8 @@ class _Job:
     return self.number < other.number
 
   @property
-  def index(self) -> int:
-    """Of the new token that comes out when the next token of the sequence goes in."""
+  def draws(self) -> int:
+    """Number of the new token that comes out when the next token of the sequence goes in."""
     return max(self.length - len(self.prompt) + 1, 0)
 
 
@@ -120,7 +120,7 @@ class Engine:
     self._pool = PagePool(num_pages if columns else 0)
     self._prefixes = PrefixCache(self._pool, max_prefixes)
     self._table = np.full((slots, columns), -1, np.int32)
-    self._device_table = None                         # None: the host's has changed
+    self._device_table: jax.Array | None = None       # None: the host's has changed
     self._jobs: list[_Job | None] = [None] * slots
     self._joining: _Job | None = None                 # has a slot, its prompt is not all cached
     self._waiting: list[_Job] = []                    # a heap
@@ -200,7 +200,7 @@ class Engine:
   def _make_room(self):
     """A page for the next token of every running request, the oldest first."""
     for job in sorted(job for job in self._jobs if job is not None):
-      if job.slot is None or job is self._joining:      # preempted here, or has its pages already
+      if job.slot < 0 or job is self._joining:      # preempted here, or has its pages already
         continue
       while not self._grow(job, job.length + 1):
         newest = max(job for job in self._jobs if job is not None)
@@ -257,11 +257,11 @@ class Engine:
     self._jobs[job.slot] = None
     self._table[job.slot] = -1
     self._device_table = None
-    job.slot, job.length, job.pages = None, 0, []
+    job.slot, job.length, job.pages = -1, 0, []
 
   def _end(self, job, reason, error=None):
     """The job is done."""
-    if job.slot is None:
+    if job.slot < 0:
       self._waiting.remove(job)
       heapq.heapify(self._waiting)
     else:
@@ -285,7 +285,7 @@ class Engine:
     size = min(max(1 << (end - start - 1).bit_length(), SHORTEST), self._chunk)
     tokens = np.zeros((1, size), np.int32)
     tokens[0, :end - start] = job.prompt[start:end]
-    columns = min(kv_cache.pages_for(self.cfg, padded_length(end)), self._table.shape[1])
+    columns = kv_cache.pages_for(self.cfg, visible_tokens(end, self.max_tokens))
     drawn, self._groups = self._programs.prefill(
       self._model, self._groups, np.int32(job.slot), tokens, np.int32(start), np.int32(end - start),
       self._table[job.slot:job.slot + 1].copy(), _settings([job]), num_pages=columns)
@@ -327,18 +327,18 @@ class Engine:
     drawn, changed = jax.device_get(drawn), []
     for job, row in zip(jobs, rows):
       # The length counts the tokens that went in.
-      index = job.length - len(job.prompt)
-      if index == len(job.handle.tokens):       # else it is drawn again after a preemption
-        self._add(job, index, int(drawn.token[row]), drawn, row)
+      number = job.length - len(job.prompt)
+      if number == len(job.handle.tokens):       # else it is drawn again after a preemption
+        self._add(job, number, int(drawn.token[row]), drawn, row)
         changed.append(job.handle)
     return changed
 
-  def _add(self, job, index, token, drawn, row):
+  def _add(self, job, number, token, drawn, row):
     handle, request = job.handle, job.handle.request
     if token < 0:
       self._prefixes.clear()      # pages of this prompt may hold the NaN
       self._end(job, "error", FloatingPointError(
-        f"the logits of new token {index} are NaN; the weights are broken"))
+        f"the logits of new token {number} are NaN; the weights are broken"))
       return
     self._counts["new_tokens"] += 1
     handle.tokens.append(token)
@@ -361,7 +361,7 @@ def _settings(jobs) -> Settings:
   request = lambda job: job.handle.request
   return Settings(
     key=of(lambda job: job.key, np.zeros_like(key), np.uint32),
-    index=of(lambda job: job.index, 0, np.int32),
+    number=of(lambda job: job.draws, 0, np.int32),
     temperature=of(lambda job: request(job).temperature, 0, np.float32),
     top_k=of(lambda job: min(request(job).top_k, 2**31 - 1), 0, np.int32),
     top_p=of(lambda job: request(job).top_p, 1, np.float32),

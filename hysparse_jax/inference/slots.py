@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hysparse_jax.config import ModelConfig
 from hysparse_jax.inference.sampling import decode_options, sample_rows
@@ -22,12 +23,12 @@ from hysparse_jax.model.cache import DecodeState
 class Settings(NamedTuple):
   """How each row's next token is drawn."""
 
-  key: jax.Array             # u32 [B, .], data of the request's PRNG key
-  index: jax.Array           # i32 [B], of the token among the request's new ones
-  temperature: jax.Array     # f32 [B]
-  top_k: jax.Array           # i32 [B]
-  top_p: jax.Array           # f32 [B]
-  logprobs: jax.Array        # bool [B], whether they are wanted
+  key: np.ndarray            # u32 [B, .], data of the request's PRNG key
+  number: np.ndarray         # i32 [B], of the token among the request's new ones, from 0
+  temperature: np.ndarray    # f32 [B]
+  top_k: np.ndarray          # i32 [B]
+  top_p: np.ndarray          # f32 [B]
+  logprobs: np.ndarray       # bool [B], whether they are wanted
 
 
 class Drawn(NamedTuple):
@@ -103,7 +104,7 @@ def _with_rings(groups, rings):
 @jax.named_scope("sample")
 def _drawn(logits, settings: Settings, most_logprobs: int) -> Drawn:
   """Draws from logits f32 [B, V]."""
-  keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(settings.key), settings.index)
+  keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(jnp.asarray(settings.key)), settings.number)
   token = sample_rows(logits, keys, settings.temperature, settings.top_k, settings.top_p)
 
   def measured():
