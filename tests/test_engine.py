@@ -112,7 +112,8 @@ def test_the_newest_is_preempted_and_the_oldest_runs_on(model):
   while not engine.stats.preemptions:
     engine.step()
   lost = len(new.tokens)
-  assert lost > 0 and engine.stats.waiting == 1 and not old.done
+  assert lost > 0 and engine.stats.waiting == 1 and len(old.tokens) > lost
+  assert [job.handle for job in engine._jobs if job is not None] == [old]
   newer = engine.submit(Request([1], 2))
   engine.step()
   assert engine.stats.waiting == 2                 # nobody overtakes
@@ -209,6 +210,9 @@ def test_nan_logits_end_their_request_alone(model, alone):
     nan.result()
   assert handles.pop().finish_reason == "length"
   assert [(handle.tokens, handle.logprobs) for handle in handles] == alone[:5]
+  engine.submit(Request([bad] * 33, 5))
+  engine.run()
+  assert engine.stats.pages_used == 0              # nobody goes on from a prefix that holds a NaN
   check_pages(engine)
 
 

@@ -104,7 +104,8 @@ def _with_rings(groups, rings):
 @jax.named_scope("sample")
 def _drawn(logits, settings: Settings, most_logprobs: int) -> Drawn:
   """Draws from logits f32 [B, V]."""
-  keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(jnp.asarray(settings.key)), settings.number)
+  keys = jax.random.wrap_key_data(jnp.asarray(settings.key))
+  keys = jax.vmap(jax.random.fold_in)(keys, settings.number)
   token = sample_rows(logits, keys, settings.temperature, settings.top_k, settings.top_p)
 
   def measured():
