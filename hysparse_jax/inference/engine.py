@@ -2,7 +2,8 @@
 
 A request waits for a slot and for pages, has its prompt prefilled in chunks, decodes together with
 all others, and leaves. A round (`Engine.step`) is one chunk of the one request that is joining and
-one token of every request that is running: at most two programs, the same whoever runs.
+one token of every request that is running: at most two programs, the same whoever runs. While a
+round is computed the host looks at what the round before has drawn.
 
 What a request draws depends on itself alone: chunks end at multiples of `chunk` of its own tokens,
 a prefix is reused at such ends only, and a request that was preempted has its prompt prefilled and
@@ -65,9 +66,14 @@ class _Job:
     return self.number < other.number
 
   @property
-  def draws(self) -> int:
-    """Number of the new token that comes out when the next token of the sequence goes in."""
+  def drawn(self) -> int:
+    """New tokens that come out of what is in the cache, whether the host has them or not."""
     return max(self.length - len(self.prompt) + 1, 0)
+
+  @property
+  def running(self) -> bool:
+    """Whether it has a slot and its prompt is cached, but not all new tokens are drawn."""
+    return self.slot >= 0 and 0 < self.drawn < self.handle.request.max_new_tokens
 
 
 class Engine:
@@ -124,12 +130,14 @@ class Engine:
     self._jobs: list[_Job | None] = [None] * slots
     self._joining: _Job | None = None                 # has a slot, its prompt is not all cached
     self._waiting: list[_Job] = []                    # a heap
+    # Not looked at yet: what was drawn, and for which rows: (job, row, number of the new token).
+    self._pending: list[tuple[Drawn, list[tuple[_Job, int, int]]]] = []
     self._by_handle: dict[Handle, _Job] = {}
     self._counts = dict(prompt_tokens=0, reused_tokens=0, new_tokens=0, preemptions=0)
     self._submitted = 0
     self._programs = slot_programs.programs(cfg, self._mesh, self._most_logprobs)
     with self._on_mesh():
-      self._groups = self._programs.empty(slots, max_tokens, num_pages)
+      self._groups, self._last = self._programs.empty(slots, max_tokens, num_pages)
     self._has_rings = bool(jax.tree.leaves([group.rings for group in self._groups]))
 
   @property
@@ -176,20 +184,25 @@ class Engine:
       self.step()
 
   def step(self) -> list[Handle]:
-    """One round; returns the handles of the requests that have a new token or are done."""
+    """Starts a round and reads the one before; returns the handles of the requests that have a new
+    token or are done."""
+    pending, self._pending = self._pending, []
     with self._on_mesh():
       self._make_room()
       self._admit()
-      joined = self._prefill()
-      idle = (None, self._joining, joined and joined[0])
-      running = [job for job in self._jobs if job not in idle]
-      drawn = self._decode(running) if running else None
-    changed = []
-    if joined is not None:
-      changed += self._accept([joined[0]], [0], joined[1])
-    if drawn is not None:
-      changed += self._accept(running, [job.slot for job in running], drawn)
-    return changed
+      self._prefill()
+      self._decode()
+    changed: dict[Handle, None] = {}                  # in order, each once
+    for drawn, rows in pending:
+      tokens = np.asarray(drawn.token)
+      if any(job.handle.request.logprobs is not None for job, _, _ in rows):
+        drawn = jax.device_get(drawn)
+      for job, row, number in rows:
+        # Not one that is done, nor a token that is drawn again after a preemption.
+        if not job.handle.done and number == len(job.handle.tokens):
+          self._add(job, int(tokens[row]), drawn, row)
+          changed[job.handle] = None
+    return list(changed)
 
   def _on_mesh(self):
     plain = self._mesh is None or self._mesh.size == 1
@@ -200,7 +213,7 @@ class Engine:
   def _make_room(self):
     """A page for the next token of every running request, the oldest first."""
     for job in sorted(job for job in self._jobs if job is not None):
-      if job.slot < 0 or job is self._joining:      # preempted here, or has its pages already
+      if not job.running:             # preempted here, or has its pages already
         continue
       while not self._grow(job, job.length + 1):
         newest = max(job for job in self._jobs if job is not None)
@@ -275,27 +288,27 @@ class Engine:
 
   # The two programs of a round.
 
-  def _prefill(self) -> tuple[_Job, Drawn] | None:
-    """The next chunk of the joining job; after its last one the job and what it drew."""
+  def _prefill(self):
+    """The next chunk of the joining job, which is running after its last."""
     job = self._joining
     if job is None:
-      return None
+      return
     start = job.length
     end = min(start + self._chunk, len(job.prompt))
     size = min(max(1 << (end - start - 1).bit_length(), SHORTEST), self._chunk)
     tokens = np.zeros((1, size), np.int32)
     tokens[0, :end - start] = job.prompt[start:end]
     columns = kv_cache.pages_for(self.cfg, visible_tokens(end, self.max_tokens))
-    drawn, self._groups = self._programs.prefill(
-      self._model, self._groups, np.int32(job.slot), tokens, np.int32(start), np.int32(end - start),
-      self._table[job.slot:job.slot + 1].copy(), _settings([job]), num_pages=columns)
+    drawn, self._groups, self._last = self._programs.prefill(
+      self._model, self._groups, self._last, np.int32(job.slot), tokens, np.int32(start),
+      np.int32(end - start), self._table[job.slot:job.slot + 1].copy(), _settings([job]),
+      num_pages=columns)
     job.length = end
     self._counts["prompt_tokens"] += end - start
     self._keep_prefix(job, start, end)
-    if end < len(job.prompt):
-      return None
-    self._joining = None
-    return job, drawn
+    if end == len(job.prompt):
+      self._joining = None
+      self._pending.append((drawn, [(job, 0, 0)]))
 
   def _keep_prefix(self, job, start, end):
     digests = job.digests[:end // self._chunk]
@@ -306,39 +319,32 @@ class Engine:
     first, last = (kv_cache.pages_for(self.cfg, tokens) for tokens in (start, end))
     self._prefixes.add(digests, Prefix(tuple(job.pages[first:last]), rings))
 
-  def _decode(self, running) -> Drawn:
+  def _decode(self):
     """One token of every running job."""
-    rows = [job if job in running else None for job in self._jobs]
+    rows = [job if job is not None and job.running else None for job in self._jobs]
+    running = [job for job in rows if job is not None]
+    if not running:
+      return
     tokens, lengths, active = np.zeros((3, len(rows)), np.int32)
     for job in running:
-      at = job.slot
-      tokens[at] = job.handle.tokens[job.length - len(job.prompt)]
+      known, at = job.handle.tokens, job.slot
+      tokens[at] = known[job.drawn - 1] if job.drawn <= len(known) else -1
       lengths[at], active[at] = job.length, 1
     if self._device_table is None:
       self._device_table = jnp.array(self._table)      # a copy: the host's changes
-    drawn, self._groups = self._programs.decode(
-      self._model, self._groups, tokens, lengths, active, self._device_table, _settings(rows))
+    drawn, self._groups, self._last = self._programs.decode(
+      self._model, self._groups, self._last, tokens, lengths, active, self._device_table,
+      _settings(rows))
+    self._pending.append((drawn, [(job, job.slot, job.drawn) for job in running]))
     for job in running:
       job.length += 1
-    return drawn
 
-  def _accept(self, jobs, rows, drawn: Drawn) -> list[Handle]:
-    """Adds what was drawn to the answers; returns those that changed."""
-    drawn, changed = jax.device_get(drawn), []
-    for job, row in zip(jobs, rows):
-      # The length counts the tokens that went in.
-      number = job.length - len(job.prompt)
-      if number == len(job.handle.tokens):       # else it is drawn again after a preemption
-        self._add(job, number, int(drawn.token[row]), drawn, row)
-        changed.append(job.handle)
-    return changed
-
-  def _add(self, job, number, token, drawn, row):
+  def _add(self, job, token, drawn, row):
     handle, request = job.handle, job.handle.request
     if token < 0:
       self._prefixes.clear()      # pages of this prompt may hold the NaN
       self._end(job, "error", FloatingPointError(
-        f"the logits of new token {number} are NaN; the weights are broken"))
+        f"the logits of new token {len(handle.tokens)} are NaN; the weights are broken"))
       return
     self._counts["new_tokens"] += 1
     handle.tokens.append(token)
@@ -361,7 +367,7 @@ def _settings(jobs) -> Settings:
   request = lambda job: job.handle.request
   return Settings(
     key=of(lambda job: job.key, np.zeros_like(key), np.uint32),
-    number=of(lambda job: job.draws, 0, np.int32),
+    number=of(lambda job: job.drawn, 0, np.int32),
     temperature=of(lambda job: request(job).temperature, 0, np.float32),
     top_k=of(lambda job: min(request(job).top_k, 2**31 - 1), 0, np.int32),
     top_p=of(lambda job: request(job).top_p, 1, np.float32),

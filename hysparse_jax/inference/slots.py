@@ -41,13 +41,14 @@ class Drawn(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """The jitted calls of one model; `groups` is `DecodeState.groups`."""
+  """The jitted calls of one model; `groups` is `DecodeState.groups`, `last` i32 [B] what each slot
+  drew last: a token need not come to the host before the next one is decoded."""
 
-  empty: Callable        # (slots, max_tokens, num_pages) -> groups
-  prefill: Callable      # (model, groups, slot, tokens [1, T], start, used, table [1, U], settings,
-                         #  num_pages) -> Drawn of B = 1, groups
-  decode: Callable       # (model, groups, tokens [B], lengths, active, table [B, U], settings)
-                         # -> Drawn, groups
+  empty: Callable        # (slots, max_tokens, num_pages) -> groups, last
+  prefill: Callable      # (model, groups, last, slot, tokens [1, T], start, used, table [1, U],
+                         #  settings, num_pages) -> Drawn of B = 1, groups, last
+  decode: Callable       # (model, groups, last, tokens [B], lengths, active, table [B, U],
+                         #  settings) -> Drawn, groups, last; a token of -1 is `last`
   take_rings: Callable   # (groups, slot) -> rings
   put_rings: Callable    # (groups, slot, rings) -> groups
 
@@ -62,26 +63,32 @@ def programs(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, most_logprobs: in
   drawn = functools.partial(_drawn, most_logprobs=most_logprobs)
 
   def empty(slots, max_tokens, num_pages):
-    return kv_cache.init_cache(cfg, slots, max_tokens, num_pages).groups
+    groups = kv_cache.init_cache(cfg, slots, max_tokens, num_pages).groups
+    return groups, jnp.zeros((slots,), jnp.int32)
 
-  def prefill(model, groups, slot, tokens, start, used, table, settings, num_pages):
+  def prefill(model, groups, last, slot, tokens, start, used, table, settings, num_pages):
     state = DecodeState(start[None], table, _with_rings(groups, _take_rings(groups, slot)))
     logits, state = model.prefill(tokens, state, used[None], num_pages)
-    rings = [group.rings for group in state.groups]
-    return drawn(logits, settings), _put_rings(state.groups, slot, rings, groups)
+    rings, out = [group.rings for group in state.groups], drawn(logits, settings)
+    return (out, _put_rings(state.groups, slot, rings, groups),
+            jax.lax.dynamic_update_slice(last, out.token, (slot,)))
 
-  def decode(model, groups, tokens, lengths, active, table, settings):
-    logits, state = model.decode(tokens, DecodeState(lengths, table, groups), active)
-    return drawn(logits, settings), state.groups
+  def decode(model, groups, last, tokens, lengths, active, table, settings):
+    logits, state = model.decode(jnp.where(tokens < 0, last, tokens),
+                                 DecodeState(lengths, table, groups), active)
+    out = drawn(logits, settings)
+    return out, state.groups, jnp.where(active > 0, out.token, last)
 
-  jit = functools.partial(jax.jit, donate_argnames="groups")
+  whole = (None if mesh is None else
+           jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+  jit = functools.partial(jax.jit, donate_argnames="groups", out_shardings=(None, places, whole))
   return Programs(
-    empty=jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=places),
-    prefill=jit(prefill, static_argnames="num_pages", out_shardings=(None, places)),
-    decode=jit(decode, out_shardings=(None, places), compiler_options=decode_options()),
+    empty=jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=(places, whole)),
+    prefill=jit(prefill, static_argnames="num_pages"),
+    decode=jit(decode, compiler_options=decode_options()),
     take_rings=jax.jit(_take_rings),
-    put_rings=jit(lambda groups, slot, rings: _put_rings(groups, slot, rings, groups),
-                  out_shardings=places))
+    put_rings=jax.jit(lambda groups, slot, rings: _put_rings(groups, slot, rings, groups),
+                      donate_argnames="groups", out_shardings=places))
 
 
 def _take_rings(groups, slot):
