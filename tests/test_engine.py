@@ -259,6 +259,23 @@ def test_stop_tokens_and_text(model):
   check_pages(engine)
 
 
+def test_a_tokenizer_that_fails_ends_its_request_alone(model, alone):
+  class Failing(ByteTokenizer):
+    def decode(self, ids):
+      if list(ids)[-1:] == [alone[4][0][2]]:
+        raise KeyError("no such token")
+      return super().decode(ids)
+
+  engine = Engine(model, tokenizer=Failing(), **ROOM)
+  failed, other = (engine.submit(REQUESTS[i]) for i in (4, 6))
+  engine.run()
+  assert failed.finish_reason == "error" and failed.tokens == alone[4][0][:3]
+  with pytest.raises(KeyError, match="no such token"):
+    failed.result()
+  assert other.tokens == alone[6][0]
+  check_pages(engine)
+
+
 def test_heads_split_over_a_mesh(model, alone):
   mesh = make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2])
   engine = Engine(jax.device_put(model, shardings(model, mesh)), **ROOM)

@@ -12,7 +12,6 @@ its tokens decoded again by the same programs. In float32 on the CPU it is the s
 
 import contextlib
 import heapq
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ import numpy as np
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference import slots as slot_programs
 from hysparse_jax.inference.pages import PagePool, Prefix, PrefixCache, chunk_digests
-from hysparse_jax.inference.requests import Handle, Request, TokenLogprobs, checked_prompt
+from hysparse_jax.inference.requests import Handle, Request, Stats, TokenLogprobs, checked_prompt
 from hysparse_jax.inference.sampling import SHORTEST, mesh_of, visible_tokens
 from hysparse_jax.inference.slots import Drawn, Settings
 from hysparse_jax.inference.text_stream import TextStream
@@ -33,20 +32,6 @@ from pallas_kernels import implementations
 
 # Tokens of a prefill chunk: running requests wait for one, and prefixes are reused at their ends.
 CHUNK = {"cpu": 512, "gpu": 2048, "tpu": 2048}
-
-
-class Stats(NamedTuple):
-  """Counts of an engine, now and since it was made."""
-
-  waiting: int          # requests without a slot
-  running: int          # requests with one
-  pages: int            # in all
-  pages_used: int       # held by requests or by prefixes
-  pages_cached: int     # held by prefixes alone: freed when they are needed
-  prompt_tokens: int    # prefilled since the start
-  reused_tokens: int    # not prefilled because a prefix was there
-  new_tokens: int       # drawn
-  preemptions: int      # requests that lost their slot and waited again
 
 
 class _Job:
@@ -281,9 +266,6 @@ class Engine:
       self._leave(job)
     handle = job.handle
     del self._by_handle[handle]
-    if job.stream is not None and reason in ("stop", "length"):
-      handle.text += job.stream.finish()
-      reason = "stop" if job.stream.stopped else reason
     handle.finish_reason, handle.error = reason, error
 
   # The two programs of a round.
@@ -353,10 +335,16 @@ class Engine:
       handle.logprobs.append(
         TokenLogprobs(float(drawn.logprob[row]), list(top)[:request.logprobs]))
     stopped = token in request.stop_tokens
-    if job.stream is not None and not stopped:
-      handle.text += job.stream.add(token)
-      stopped = job.stream.stopped
-    if stopped or len(handle.tokens) == request.max_new_tokens:
+    last = stopped or len(handle.tokens) == request.max_new_tokens
+    if job.stream is not None:
+      try:
+        handle.text += "" if stopped else job.stream.add(token)
+        handle.text += job.stream.finish() if last else ""
+      except Exception as error:       # the tokenizer's: of this request alone
+        self._end(job, "error", error)
+        return
+      stopped = stopped or job.stream.stopped
+    if stopped or last:
       self._end(job, "stop" if stopped else "length")
 
 

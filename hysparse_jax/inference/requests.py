@@ -33,6 +33,20 @@ class TokenLogprobs(NamedTuple):
   top: list[tuple[int, float]]          # the most likely tokens and theirs, descending
 
 
+class Stats(NamedTuple):
+  """Counts of an engine, now and since it was made."""
+
+  waiting: int          # requests without a slot
+  running: int          # requests with one
+  pages: int            # in all
+  pages_used: int       # held by requests or by prefixes
+  pages_cached: int     # held by prefixes alone: freed when they are needed
+  prompt_tokens: int    # prefilled since the start
+  reused_tokens: int    # not prefilled because a prefix was there
+  new_tokens: int       # drawn
+  preemptions: int      # requests that lost their slot and waited again
+
+
 @dataclasses.dataclass(eq=False)
 class Handle:
   """A request's answer so far. The engine fills it in; nobody else writes to it."""
@@ -44,7 +58,7 @@ class Handle:
                      # engine has no tokenizer
   reused_tokens: int = 0               # of the prompt, whose KV was there when it was last admitted
   finish_reason: str | None = None     # "stop", "length", "cancelled" or "error"; None: not done
-  error: Exception | None = None       # a FloatingPointError: its logits were NaN
+  error: Exception | None = None       # FloatingPointError: NaN logits; or the tokenizer's
 
   @property
   def done(self) -> bool:
@@ -55,7 +69,7 @@ class Handle:
     """The new tokens, i32 [up to max_new_tokens].
 
     Raises:
-      FloatingPointError: the request ended with it.
+      Exception: `error`, if the request ended with one.
     """
     if self.error is not None:
       raise self.error
