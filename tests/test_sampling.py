@@ -164,6 +164,10 @@ def test_stream_shows_no_half_character():
   ("EN", "END", "EN"),
   ("x€y", "€", "x"),
   ("END", "END", ""),
+  ("one END two", ("two", "END"), "one "),
+  ("abcd", ("abcd", "bc"), "a"),            # the one that is complete first, byte by byte
+  ("abd", ("abc", "bd"), "a"),
+  ("ab", ("abc", "bd"), "ab"),
 ])
 def test_stop_string(text, stop, expected):
   pieces = _stream(text.encode(), stop)

@@ -30,7 +30,7 @@ def test_generation_draws_from_all_bits_of_its_seed(monkeypatch):
   class Model:
     cfg = ModelConfig(vocab_size=256)
 
-  monkeypatch.setattr(sampling, "_mesh_of", lambda model: None)
+  monkeypatch.setattr(sampling, "mesh_of", lambda model: None)
   monkeypatch.setattr(sampling, "_generate", lambda *args, **_: words(args[4]))
   drawn = {sampling.generate(Model(), [[1]], 1, seed=seed) for seed in (7, 2**32 + 7, 2**33 + 7)}
   assert len(drawn) == 3

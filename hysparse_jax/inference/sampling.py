@@ -44,18 +44,43 @@ def sample_token(logits, key, *, temperature: float = 1.0, top_k: int = 0, top_p
   broken = jnp.isnan(logits).any(axis=-1)
   if temperature == 0:
     return jnp.where(broken, -1, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+  return jnp.where(broken, -1, _drawn(logits, key, temperature, top_k, top_p))
+
+
+def sample_rows(logits, keys, temperature, top_k, top_p):
+  """Draws one token per row, each with settings and a key of its own, as `sample_token` of the row
+  alone.
+
+  Args:
+    logits: f32 [B, V].
+    keys: PRNG keys [B].
+    temperature, top_p: f32 [B].
+    top_k: i32 [B].
+
+  Returns:
+    i32 [B]; -1 for a row with a NaN logit.
+  """
+  greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  tokens = jax.lax.cond(
+    jnp.any(temperature > 0), lambda: jnp.where(temperature > 0, jax.vmap(_drawn)(
+      logits, keys, jnp.where(temperature > 0, temperature, 1), top_k, top_p), greedy),
+    lambda: greedy)
+  return jnp.where(jnp.isnan(logits).any(axis=-1), -1, tokens)
+
+
+def _drawn(logits, key, temperature, top_k, top_p):
+  """i32 [...] drawn from logits f32 [..., V], the temperature above 0."""
   logits = logits / temperature
   order = jnp.argsort(-logits, axis=-1, stable=True)
   ranked = jnp.take_along_axis(logits, order, axis=-1)
   rank = jnp.arange(ranked.shape[-1])
-  keep = jnp.ones_like(ranked, bool) if top_k == 0 else jnp.broadcast_to(rank < top_k, ranked.shape)
+  keep = (rank < top_k) | (jnp.asarray(top_k) == 0)
   probability = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
   before = jnp.cumsum(probability, axis=-1) - probability
-  if top_p < 1:     # at 1 the sum's rounding would cut the tail
-    keep &= (before < top_p) | (rank == 0)
+  # At 1 the sum's rounding would cut the tail.
+  keep &= (before < top_p) | (rank == 0) | (jnp.asarray(top_p) >= 1)
   choice = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf), axis=-1)
-  token = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
-  return jnp.where(broken, -1, token).astype(jnp.int32)
+  return jnp.take_along_axis(order, choice[..., None], axis=-1)[..., 0].astype(jnp.int32)
 
 
 def padded_length(tokens: int) -> int:
@@ -98,14 +123,15 @@ def decode_options() -> dict:
           "xla_gpu_dot_merger_threshold_mb": 0}
 
 
-def _mesh_of(model: Transformer) -> jax.sharding.Mesh | None:
+def mesh_of(model: Transformer) -> jax.sharding.Mesh | None:
+  """The mesh that the weights were placed on; None if none was named."""
   place = jax.tree.leaves(model)[0].sharding
   mesh = place.mesh if isinstance(place, NamedSharding) else None
   return mesh if isinstance(mesh, jax.sharding.Mesh) else None
 
 
 def _programs_of(model: Transformer) -> _Programs:
-  return _programs(model.cfg, _mesh_of(model))
+  return _programs(model.cfg, mesh_of(model))
 
 
 @functools.lru_cache(maxsize=8)
@@ -156,8 +182,8 @@ def generate(model: Transformer, prompt, max_new_tokens: int, *, temperature: fl
     raise UserError(f"the prompt is empty (shape {prompt.shape}); give at least one token per row")
   check_tokens(prompt, model.cfg.vocab_size)
   prompt = prompt.astype(np.int32)
-  _check_settings(max_new_tokens, temperature, top_k, top_p, seed)
-  mesh, rows = _mesh_of(model), prompt.shape[0]
+  check_settings(max_new_tokens, temperature, top_k, top_p, seed)
+  mesh, rows = mesh_of(model), prompt.shape[0]
   if mesh is not None and mesh.size > 1:      # as many rows as its batch axes can split
     parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     prompt = np.pad(prompt, ((0, -rows % parts), (0, 0)), mode="edge")
@@ -244,7 +270,8 @@ def generate_text(model: Transformer, tokenizer, prompt: str, max_new_tokens: in
   return "".join(shown)
 
 
-def _check_settings(max_new_tokens, temperature, top_k, top_p, seed):
+def check_settings(max_new_tokens, temperature, top_k, top_p, seed):
+  """Raises a UserError naming the first setting of `generate` that is impossible."""
   if max_new_tokens < 1:
     raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
   if not temperature >= 0:

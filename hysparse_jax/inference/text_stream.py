@@ -24,12 +24,14 @@ class TextStream:
 
   Args:
     tokenizer: has `encode(str) -> ids` and `decode(ids) -> str`.
-    stop: ends the text where it would begin; None: nothing does.
+    stop: ends the text where it would begin; of several the one that is complete first; None:
+      nothing does.
     prompt: ids that the new ones follow.
   """
 
-  def __init__(self, tokenizer, stop: str | None = None, prompt=()):
-    self._decode, self._stop = tokenizer.decode, stop
+  def __init__(self, tokenizer, stop: str | tuple[str, ...] | None = None, prompt=()):
+    self._decode = tokenizer.decode
+    self._stops = (stop,) if isinstance(stop, str) else stop or ()
     self._learn(tokenizer)
     self._ids = [int(token) for token in prompt]   # the window: what still matters
     text = self._decode(self._ids)
@@ -100,14 +102,13 @@ class TextStream:
       return ""
     piece = self._withheld + text[self._given:end]
     self._given, self._withheld = max(self._given, end), ""
-    if self._stop is None:
-      return piece
-    found = piece.find(self._stop)
-    if found >= 0:
+    starts = {stop: piece.find(stop) for stop in self._stops}
+    found = [(start + len(stop), start) for stop, start in starts.items() if start >= 0]
+    if found:
       self.stopped = True
-      return piece[:found]
+      return piece[:min(found)[1]]
     if not last:
-      cut = len(piece) - _overlap(piece, self._stop)
+      cut = len(piece) - max((_overlap(piece, stop) for stop in self._stops), default=0)
       piece, self._withheld = piece[:cut], piece[cut:]
     return piece
 
