@@ -8,6 +8,7 @@ takes no time and starts no backend.
     hs.train(cfg, "runs/tiny")                          from a script, a notebook or a thread
     run = hs.load_run("runs/tiny")                      run.cfg, run.model, run.tokenizer, run.step
     text = hs.generate_text(run.model, run.tokenizer, "def main(", 200)
+    engine = hs.Engine(run.model, slots=8, max_tokens=4096)     many hs.Request at a time
     _, layers = hs.trace(run.model, tokens)             selections, gates, coverage of every layer
 """
 
@@ -21,16 +22,20 @@ if TYPE_CHECKING:
   from hysparse_jax.config import load as load_config
   from hysparse_jax.errors import UserError
   from hysparse_jax.evals.oracle import trace
+  from hysparse_jax.inference.engine import Engine
   from hysparse_jax.inference.load import load_run
+  from hysparse_jax.inference.requests import Request
   from hysparse_jax.inference.sampling import generate, generate_text
   from hysparse_jax.model.transformer import Transformer
   from hysparse_jax.training.loop import train
 
-__all__ = ["Config", "Transformer", "UserError", "__version__", "generate", "generate_text",
-           "load_config", "load_run", "trace", "train"]
+__all__ = ["Config", "Engine", "Request", "Transformer", "UserError", "__version__", "generate",
+           "generate_text", "load_config", "load_run", "trace", "train"]
 
 _FROM = {
   "Config": ("config", "Config"),
+  "Engine": ("inference.engine", "Engine"),
+  "Request": ("inference.requests", "Request"),
   "Transformer": ("model.transformer", "Transformer"),
   "UserError": ("errors", "UserError"),
   "generate": ("inference.sampling", "generate"),
