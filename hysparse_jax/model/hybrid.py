@@ -134,22 +134,23 @@ class SparseLayer(DecoderLayer):
       return x, ring, LayerStats(*means, router)
 
   def _attend(self, q, shared, k, v, context, branches, ring, at):
-    cfg, before, keys = self.cfg, ring, dict(context.key_range)
-    shared = None if self.sparse is None and k is not None else shared
-    if ring is not None and k is not None:
-      ring = kv_cache.append_ring(ring, at[1], k, v, context)
+    cfg, keys = self.cfg, dict(context.key_range)
+    shared = None if self.sparse is None else shared
+    has_ring = ring is not None and k is not None
     if context.decodes(cfg):
-      has_ring = self.local is not None
+      ring = kv_cache.append_ring(ring, at[1], k, v, context) if has_ring else ring
       return decode_attention.sparse_layer(cfg, q, shared, ring if has_ring else None, *at, context,
                                            branches), ring
-    if self.local is not None and k is None:
-      k, v = shared.k, shared.v
-    elif before is not None and k is not None:
-      k, v, keys["local_query_offset"] = kv_cache.ring_and_new(before, at[1], k, v, context)
-    selected = SharedKV(None, None, None, None) if self.sparse is None else shared
+    k_local, v_local = (shared.k, shared.v) if self.local is not None and k is None else (k, v)
+    if has_ring:
+      k_local, v_local, keys["local_query_offset"] = kv_cache.ring_and_new(
+        ring, at[1], k, v, context)
+      ring = kv_cache.append_ring(ring, at[1], k, v, context)
+    selected = SharedKV(None, None, None, None) if shared is None else shared
     op = partial(ops.sparse_layer_attention, block_size=cfg.block_size, window=cfg.window,
                  implementation=cfg.implementation)
-    return sharded(op, q=q, **selected._asdict(), k_local=k, v_local=v, **branches, **keys), ring
+    return sharded(op, q=q, **selected._asdict(), k_local=k_local, v_local=v_local, **branches,
+                   **keys), ring
 
 
 class HybridBlock(nnx.Module):
