@@ -25,6 +25,7 @@ from hysparse_jax.inference.sampling import SHORTEST, mesh_of, visible_tokens
 from hysparse_jax.inference.slots import Drawn, Settings
 from hysparse_jax.inference.text_stream import TextStream
 from hysparse_jax.model import cache as kv_cache
+from hysparse_jax.model.fused import fused
 from hysparse_jax.model.transformer import Transformer
 from hysparse_jax.seeds import key_of
 from hysparse_jax.sharding import BATCH_AXES
@@ -71,7 +72,8 @@ class Engine:
 
   One thread calls it. Requests are served in the order in which they came. When a running request
   needs a page and none is free, prefixes are dropped, then the newest request is preempted: it
-  waits again and is recomputed, its answer so far stays.
+  waits again and is recomputed, its answer so far stays. On a GPU it holds the weights that read
+  one input side by side (`model.fused`), a copy: drop the model if memory is short.
 
   Args:
     model: a Transformer; on a mesh whose batch axes are 1, so that pages are not split.
@@ -94,7 +96,9 @@ class Engine:
                tokenizer=None):
     self.cfg = cfg = model.cfg
     self.max_tokens = max_tokens
-    self._model, self._tokenizer, self._mesh = model, tokenizer, mesh_of(model)
+    self._tokenizer, self._mesh = tokenizer, mesh_of(model)
+    one_device = self._mesh is None or self._mesh.size == 1
+    self._model = fused(model) if one_device and implementations.platform() == "gpu" else model
     self._chunk = CHUNK[implementations.platform()] if chunk is None else chunk
     _check(cfg, self._mesh, slots=slots, max_tokens=max_tokens, chunk=self._chunk,
            max_prefixes=max_prefixes, most_logprobs=most_logprobs)
