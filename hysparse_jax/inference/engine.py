@@ -95,12 +95,12 @@ class Engine:
                chunk: int | None = None, max_prefixes: int = 64, most_logprobs: int = 5,
                tokenizer=None):
     self.cfg = cfg = model.cfg
-    self.max_tokens = max_tokens
+    self.slots, self.max_tokens = slots, max_tokens
     self._tokenizer, self._mesh = tokenizer, mesh_of(model)
     one_device = self._mesh is None or self._mesh.size == 1
     self._model = fused(model) if one_device and implementations.platform() == "gpu" else model
-    self._chunk = CHUNK[implementations.platform()] if chunk is None else chunk
-    _check(cfg, self._mesh, slots=slots, max_tokens=max_tokens, chunk=self._chunk,
+    self.chunk = CHUNK[implementations.platform()] if chunk is None else chunk
+    _check(cfg, self._mesh, slots=slots, max_tokens=max_tokens, chunk=self.chunk,
            max_prefixes=max_prefixes, most_logprobs=most_logprobs)
     self._most_logprobs = min(most_logprobs, cfg.vocab_size)
     columns = kv_cache.pages_for(cfg, max_tokens)
@@ -156,7 +156,7 @@ class Engine:
       raise UserError(f"the request needs {needed} pages of the cache, which has "
                       f"{self._pool.free + self._pool.used}; shorten the prompt or max_new_tokens")
     handle = Handle(request)
-    job = _Job(handle, prompt, self._submitted, self._chunk, self._tokenizer)
+    job = _Job(handle, prompt, self._submitted, self.chunk, self._tokenizer)
     self._submitted += 1
     self._by_handle[handle] = job
     heapq.heappush(self._waiting, job)
@@ -235,7 +235,7 @@ class Engine:
       return
     job = self._waiting[0]
     # At least the last token of the prompt is prefilled: its logits are needed.
-    found = self._prefixes.find(job.digests[:(len(job.prompt) - 1) // self._chunk])
+    found = self._prefixes.find(job.digests[:(len(job.prompt) - 1) // self.chunk])
     pages = [page for prefix in found for page in prefix.pages]
     tokens = len(job.prompt) + len(job.handle.tokens) + 1
     self._pool.share(pages)                               # so that they are not evicted
@@ -246,7 +246,7 @@ class Engine:
     job.slot, job.pages, self._joining = self._jobs.index(None), pages, job
     self._jobs[job.slot] = job
     self._grow(job, tokens)
-    job.length = job.handle.reused_tokens = len(found) * self._chunk
+    job.length = job.handle.reused_tokens = len(found) * self.chunk
     self._counts["reused_tokens"] += job.length
     if found and self._has_rings:
       self._groups = self._programs.put_rings(self._groups, np.int32(job.slot), found[-1].rings)
@@ -280,8 +280,8 @@ class Engine:
     if job is None:
       return
     start = job.length
-    end = min(start + self._chunk, len(job.prompt))
-    size = min(max(1 << (end - start - 1).bit_length(), SHORTEST), self._chunk)
+    end = min(start + self.chunk, len(job.prompt))
+    size = prefill_size(end - start, self.chunk)
     tokens = np.zeros((1, size), np.int32)
     tokens[0, :end - start] = job.prompt[start:end]
     columns = kv_cache.pages_for(self.cfg, visible_tokens(end, self.max_tokens))
@@ -297,8 +297,8 @@ class Engine:
       self._pending.append((drawn, [(job, 0, 0)]))
 
   def _keep_prefix(self, job, start, end):
-    digests = job.digests[:end // self._chunk]
-    if end - start < self._chunk or not self._prefixes.wants(digests[-1]):
+    digests = job.digests[:end // self.chunk]
+    if end - start < self.chunk or not self._prefixes.wants(digests[-1]):
       return
     rings = (self._programs.take_rings(self._groups, np.int32(job.slot)) if self._has_rings
              else None)
@@ -350,6 +350,11 @@ class Engine:
       stopped = stopped or job.stream.stopped
     if stopped or last:
       self._end(job, "stop" if stopped else "length")
+
+
+def prefill_size(tokens: int, chunk: int) -> int:
+  """Tokens of the prefill program that takes so many: a power of two, or the whole chunk."""
+  return min(max(1 << (tokens - 1).bit_length(), SHORTEST), chunk)
 
 
 def _settings(jobs) -> Settings:

@@ -1,0 +1,111 @@
+"""Serves a run's newest good checkpoint over HTTP, to clients of OpenAI's completions.
+
+    python -m experiments.serve --workdir=runs/tiny [--host=127.0.0.1] [--port=8000] [--step=200]
+        [--mesh=tensor=2] [--dtype=bfloat16] [--slots=8] [--max_tokens=4096] [--chunk=2048]
+        [--num_pages=512 | --memory_gb=40] [--queue=64] [--seconds=600] [--body_mb=4] [--grace=30]
+
+    curl http://127.0.0.1:8000/v1/completions -d '{"model": "tiny", "prompt": "def main("}'
+
+The model's name is the folder's. Needs `pip install hysparse-jax[serve]`. There are no keys and no
+TLS: beyond this machine put a proxy in front. SIGTERM and Ctrl-C refuse new requests and give those
+that are there --grace seconds; then the program exits with 0.
+"""
+
+import pathlib
+import signal
+import socket
+import time
+
+from absl import flags
+
+from hysparse_jax.errors import UserError
+from hysparse_jax.inference.engine import Engine
+from hysparse_jax.inference.load import load_run
+from hysparse_jax.inference.worker import Worker, warm_up
+
+from .. import cli
+
+for _flag in (cli.WORKDIR, cli.MESH, cli.DTYPE):
+  flags.declare_key_flag(_flag)
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all.")
+_PORT = flags.DEFINE_integer("port", 8000, "To listen on; 0: a free one.", 0, 65535)
+_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; default: the newest good one.")
+_SLOTS = flags.DEFINE_integer("slots", 8, "Requests that run together.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Of a request, prompt and new ones.")
+_CHUNK = flags.DEFINE_integer("chunk", None, "Tokens that prefill takes at once; default: the "
+                                             "platform's.")
+_NUM_PAGES = flags.DEFINE_integer("num_pages", None, "Of the KV cache; default: max_tokens in "
+                                                     "every slot.")
+_MEMORY_GB = flags.DEFINE_float("memory_gb", None, "Of the KV cache, instead of --num_pages.")
+_QUEUE = flags.DEFINE_integer("queue", 64, "Requests that can wait for a slot.", 0)
+_SECONDS = flags.DEFINE_float("seconds", 600, "That a request can take.", 0)
+_BODY_MB = flags.DEFINE_float("body_mb", 4, "Size of a request's body at most.", 0)
+_GRACE = flags.DEFINE_float("grace", 30, "Seconds for what is running when a signal comes.", 0)
+
+
+def main(argv):
+  """Entry point."""
+  del argv
+  try:
+    import uvicorn
+
+    from .app import Limits, Server
+  except ImportError as error:
+    raise UserError(f"{error.name} is missing; pip install hysparse-jax[serve]") from error
+  if not cli.WORKDIR.value:
+    raise UserError("--workdir is missing; name the folder of a run, such as runs/tiny")
+  listener = _bound(_HOST.value, _PORT.value)       # fails before the model is loaded
+  run = load_run(cli.WORKDIR.value, _STEP.value, **cli.load_options())
+  memory = None if _MEMORY_GB.value is None else int(_MEMORY_GB.value * 1e9)
+  engine = Engine(run.model, slots=_SLOTS.value, max_tokens=_MAX_TOKENS.value,
+                  num_pages=_NUM_PAGES.value, memory_bytes=memory, chunk=_CHUNK.value,
+                  tokenizer=run.tokenizer)
+  start = time.monotonic()
+  prompts = warm_up(engine)
+  print(f"warmed up with {prompts} prompts of up to {_MAX_TOKENS.value:,} tokens, "
+        f"{time.monotonic() - start:.1f} s", flush=True)
+
+  class Program(uvicorn.Server):
+    """Ends by a signal, or when the engine fails."""
+
+    def handle_exit(self, sig, frame):
+      worker.drain(_GRACE.value)
+      super().handle_exit(sig, frame)
+
+    def fail(self):
+      self.should_exit = True
+
+  worker = Worker(engine, _QUEUE.value, lambda: program.fail())
+  name = pathlib.Path(cli.WORKDIR.value).resolve().name
+  server = Server(worker, run.tokenizer, name,
+                  Limits(int(_BODY_MB.value * 1e6), _SECONDS.value))
+  program = Program(uvicorn.Config(
+    server.app, lifespan="off", log_level="warning", access_log=False,
+    timeout_graceful_shutdown=int(_GRACE.value) + 10))
+  # uvicorn raises its signals again when it has ended; it has done what they ask for.
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
+  host, port = listener.getsockname()[:2]
+  print(f"serving {name}, step {run.step}, at http://{f'[{host}]' if ':' in host else host}:{port}"
+        "/v1", flush=True)
+  program.run(sockets=[listener])
+  worker.stop()
+  if worker.error is not None:
+    raise worker.error
+
+
+def _bound(host: str, port: int) -> socket.socket:
+  """A socket that does not listen yet: who connects before that is refused."""
+  try:
+    family, kind, proto, _, address = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(family, kind, proto)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+  except OSError as error:
+    raise UserError(f"--host={host} --port={port}: {error.strerror}; choose others") from error
+  return listener
+
+
+if __name__ == "__main__":
+  cli.run(main)
