@@ -35,7 +35,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Modules whose tests share something slow to make, a trained run or a compiled program: one process
 # runs all of a module's tests, so that it is made once (--dist loadgroup).
 SHARED = {"test_checkpoint", "test_engine", "test_evals", "test_evaluate_cli", "test_recall",
-          "test_sampling", "test_run_folder", "test_sharding", "test_training",
+          "test_sampling", "test_serve", "test_run_folder", "test_sharding", "test_training",
           "test_training_faults"}
 
 

@@ -11,9 +11,9 @@ TLS: beyond this machine put a proxy in front. SIGTERM and Ctrl-C refuse new req
 that are there --grace seconds; then the program exits with 0.
 """
 
+import math
 import pathlib
 import signal
-import socket
 import time
 
 from absl import flags
@@ -49,12 +49,15 @@ def main(argv):
   try:
     import uvicorn
 
-    from .app import Limits, Server
+    from .app import Limits, Server, bound
   except ImportError as error:
     raise UserError(f"{error.name} is missing; pip install hysparse-jax[serve]") from error
   if not cli.WORKDIR.value:
     raise UserError("--workdir is missing; name the folder of a run, such as runs/tiny")
-  listener = _bound(_HOST.value, _PORT.value)       # fails before the model is loaded
+  for flag in (_MEMORY_GB, _SECONDS, _BODY_MB, _GRACE):
+    if not math.isfinite(flag.value or 0):
+      raise UserError(f"--{flag.name} is {flag.value}; give a finite number")
+  listener = bound(_HOST.value, _PORT.value)       # fails before the model is loaded
   run = load_run(cli.WORKDIR.value, _STEP.value, **cli.load_options())
   memory = None if _MEMORY_GB.value is None else int(_MEMORY_GB.value * 1e9)
   engine = Engine(run.model, slots=_SLOTS.value, max_tokens=_MAX_TOKENS.value,
@@ -75,7 +78,7 @@ def main(argv):
     def fail(self):
       self.should_exit = True
 
-  worker = Worker(engine, _QUEUE.value, lambda: program.fail())
+  worker = Worker(engine, _QUEUE.value, on_failure=lambda: program.fail())
   name = pathlib.Path(cli.WORKDIR.value).resolve().name
   server = Server(worker, run.tokenizer, name,
                   Limits(int(_BODY_MB.value * 1e6), _SECONDS.value))
@@ -92,19 +95,6 @@ def main(argv):
   worker.stop()
   if worker.error is not None:
     raise worker.error
-
-
-def _bound(host: str, port: int) -> socket.socket:
-  """A socket that does not listen yet: who connects before that is refused."""
-  try:
-    family, kind, proto, _, address = socket.getaddrinfo(
-      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listener = socket.socket(family, kind, proto)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
-  except OSError as error:
-    raise UserError(f"--host={host} --port={port}: {error.strerror}; choose others") from error
-  return listener
 
 
 if __name__ == "__main__":

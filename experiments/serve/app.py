@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import time
 import traceback
 import uuid
@@ -60,7 +61,7 @@ class Server:
   """
 
   def __init__(self, worker: Worker, tokenizer, name: str, limits: Limits):
-    self._worker, self._tokenizer, self._name, self._limits = worker, tokenizer, name, limits
+    self.worker, self.tokenizer, self.name, self._limits = worker, tokenizer, name, limits
     self._created = int(time.time())
     self._registry = prometheus_client.CollectorRegistry()
     self._registry.register(self)
@@ -75,7 +76,7 @@ class Server:
 
   def collect(self):
     """The engine's counts, for `prometheus_client`."""
-    for name, value in self._worker.stats._asdict().items():
+    for name, value in self.worker.stats._asdict().items():
       family = (core.CounterMetricFamily
                 if name.endswith("_tokens") or name == "preemptions" else core.GaugeMetricFamily)
       yield family(f"hysparse_{name}", MEASURED[name], value=value)
@@ -87,7 +88,7 @@ class Server:
 
   async def _health(self, request):
     del request
-    ready = self._worker.error is None and not self._worker.stopping
+    ready = self.worker.error is None and not self.worker.stopping
     return _json({"status": "ok" if ready else "stopping"}, 200 if ready else 503)
 
   async def _models(self, request):
@@ -96,13 +97,13 @@ class Server:
 
   async def _model(self, request):
     asked = request.path_params["name"]
-    if asked != self._name:
+    if asked != self.name:
       return _json(*_refusal(completions.UnknownModelError(
-        "model", f"model is {asked!r}; this server has {self._name!r}")))
+        "model", f"model is {asked!r}; this server has {self.name!r}")))
     return _json(self._card())
 
   def _card(self):
-    return {"id": self._name, "object": "model", "created": self._created,
+    return {"id": self.name, "object": "model", "created": self._created,
             "owned_by": "hysparse_jax"}
 
   async def _complete(self, request: Request):
@@ -111,8 +112,8 @@ class Server:
     try:
       async with asyncio.timeout_at(deadline):
         body = await self._body(request)
-      call = await run_in_threadpool(completions.parse, body, self._name, self._tokenizer,
-                                     self._worker.most)
+      call = await run_in_threadpool(completions.parse, body, self.name, self.tokenizer,
+                                     self.worker.most)
       answer = _Answer(self, call, deadline)
       await answer.accepted()
       if call.stream:
@@ -136,20 +137,13 @@ class Server:
       if size <= self._limits.body_bytes:
         parts.append(part)
     if size > self._limits.body_bytes:
-      raise TooLargeError(f"the body has {size:,} bytes; this server takes {self._limits.body_bytes:,}")
+      raise TooLargeError(f"the body has {size:,} bytes; this server takes "
+                          f"{self._limits.body_bytes:,}")
     return b"".join(parts)
 
   def count(self, status: int):
     """A request is over."""
     self._answered.labels(status).inc()
-
-  def submit(self, requests, listener):
-    """As the worker's."""
-    return self._worker.submit(requests, listener)
-
-  def cancel(self, ticket):
-    """As the worker's."""
-    self._worker.cancel(ticket)
 
 
 class _Answer:
@@ -164,17 +158,17 @@ class _Answer:
         loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     self.server, self._call, self._deadline = server, call, deadline
-    self._ticket = server.submit(call.requests, listener)
-    self._choices = [completions.Choice(index, server._tokenizer, request.logprobs is not None)
+    self._ticket = server.worker.submit(call.requests, listener)
+    self._choices = [completions.Choice(index, server.tokenizer, request.logprobs is not None)
                      for index, request in enumerate(call.requests)]
     self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion",
-                  "created": int(time.time()), "model": server._name}
+                  "created": int(time.time()), "model": server.name}
     self.streams = False                           # whether a stream will close it
     self.status = HUNG_UP
 
   def close(self):
     """Ends what is not done."""
-    self.server.cancel(self._ticket)
+    self.server.worker.cancel(self._ticket)
 
   async def accepted(self):
     """Returns when the requests are in the engine's queue; raises what they were refused with."""
@@ -193,7 +187,7 @@ class _Answer:
       progress = await self._next()
       if progress.error is not None:
         raise progress.error
-      piece = self._choices[progress.index].add(progress)
+      piece = self._choices[progress.number].add(progress)
       if piece is not None:
         yield piece
 
@@ -295,3 +289,20 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
   body = {"error": {"message": message, "type": "invalid_request_error", "param": None,
                     "code": None}}
   return _json(body, error.status_code)
+
+
+def bound(host: str, port: int) -> socket.socket:
+  """A socket that does not listen yet: who connects before that is refused.
+
+  Raises:
+    UserError: no such address, or it is taken.
+  """
+  try:
+    family, kind, proto, _, address = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(family, kind, proto)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+  except OSError as error:
+    raise UserError(f"--host={host} --port={port}: {error.strerror}; choose others") from error
+  return listener

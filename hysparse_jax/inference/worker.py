@@ -24,7 +24,7 @@ class StoppingError(Exception):
 class Progress(NamedTuple):
   """What is new of one request."""
 
-  index: int                       # of the request in its ticket
+  number: int                      # of the request in its ticket
   text: str
   tokens: list[int]
   logprobs: list[TokenLogprobs]    # one a token, if wanted
@@ -77,9 +77,9 @@ class Worker:
 
     Args:
       requests: at least one.
-      listener: called in the worker's thread with each `Event`, and not for long: the engine waits.
-        The exception is a UserError for an impossible request, QueueFullError, StoppingError, or what the
-        engine failed with.
+      listener: called in the worker's thread with each `Event`; the engine waits for it. The
+        exception is a UserError for an impossible request, QueueFullError, StoppingError, or what
+        the engine failed with.
     """
     ticket = Ticket(requests, listener)
     self._inbox.put(lambda: self._submit(ticket))
