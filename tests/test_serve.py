@@ -432,3 +432,13 @@ def test_the_program(tmp_path):
     assert (process.returncode, out, err) == (0, "", "")
   finally:
     process.kill()
+
+
+def test_a_missing_package_is_one_line(tmp_path):
+  (tmp_path / "starlette.py").write_text("raise ModuleNotFoundError('none', name='starlette')")
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.serve"], capture_output=True, text=True, check=False,
+    env=os.environ | {"JAX_PLATFORMS": "cpu",
+                      "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])})
+  assert (done.returncode, done.stdout, done.stderr) == (
+    2, "", "error: starlette is missing; pip install hysparse-jax[serve]\n")
