@@ -58,11 +58,12 @@ def main(argv):
     if not math.isfinite(flag.value or 0):
       raise UserError(f"--{flag.name} is {flag.value}; give a finite number")
   listener = bound(_HOST.value, _PORT.value)       # fails before the model is loaded
-  run = load_run(cli.WORKDIR.value, _STEP.value, **cli.load_options())
+  _, model, tokenizer, step = load_run(cli.WORKDIR.value, _STEP.value, **cli.load_options())
   memory = None if _MEMORY_GB.value is None else int(_MEMORY_GB.value * 1e9)
-  engine = Engine(run.model, slots=_SLOTS.value, max_tokens=_MAX_TOKENS.value,
+  engine = Engine(model, slots=_SLOTS.value, max_tokens=_MAX_TOKENS.value,
                   num_pages=_NUM_PAGES.value, memory_bytes=memory, chunk=_CHUNK.value,
-                  tokenizer=run.tokenizer)
+                  tokenizer=tokenizer)
+  del model                       # on a GPU the engine has a copy
   start = time.monotonic()
   prompts = warm_up(engine)
   print(f"warmed up with {prompts} prompts of up to {_MAX_TOKENS.value:,} tokens, "
@@ -80,7 +81,7 @@ def main(argv):
 
   worker = Worker(engine, _QUEUE.value, on_failure=lambda: program.fail())
   name = pathlib.Path(cli.WORKDIR.value).resolve().name
-  server = Server(worker, run.tokenizer, name,
+  server = Server(worker, tokenizer, name,
                   Limits(int(_BODY_MB.value * 1e6), _SECONDS.value))
   program = Program(uvicorn.Config(
     server.app, lifespan="off", log_level="warning", access_log=False,
@@ -89,7 +90,7 @@ def main(argv):
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: None)
   host, port = listener.getsockname()[:2]
-  print(f"serving {name}, step {run.step}, at http://{f'[{host}]' if ':' in host else host}:{port}"
+  print(f"serving {name}, step {step}, at http://{f'[{host}]' if ':' in host else host}:{port}"
         "/v1", flush=True)
   program.run(sockets=[listener])
   worker.stop()
