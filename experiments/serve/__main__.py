@@ -76,19 +76,19 @@ def main(argv):
       worker.drain(_GRACE.value)
       super().handle_exit(sig, frame)
 
-    def fail(self):
+    def end(self):
       self.should_exit = True
 
-  worker = Worker(engine, _QUEUE.value, on_failure=lambda: program.fail())
+  worker = Worker(engine, _QUEUE.value, on_failure=lambda: program.end())
   name = pathlib.Path(cli.WORKDIR.value).resolve().name
   server = Server(worker, tokenizer, name,
                   Limits(int(_BODY_MB.value * 1e6), _SECONDS.value))
   program = Program(uvicorn.Config(
     server.app, lifespan="off", log_level="warning", access_log=False,
     timeout_graceful_shutdown=int(_GRACE.value) + 10))
-  # uvicorn raises its signals again when it has ended; it has done what they ask for.
+  # For those before uvicorn's own handlers; and after them: it raises again what it got.
   for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: None)
+    signal.signal(number, lambda *_: program.end())
   host, port = listener.getsockname()[:2]
   print(f"serving {name}, step {step}, at http://{f'[{host}]' if ':' in host else host}:{port}"
         "/v1", flush=True)
