@@ -417,6 +417,7 @@ def test_the_program(tmp_path):
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     env=os.environ | {"JAX_PLATFORMS": "cpu"})
   try:
+    assert process.stdout.readline().startswith("warming up: ")
     assert re.match(r"warmed up with 1 prompts of up to 64 tokens, ", process.stdout.readline())
     serving = process.stdout.readline()
     address = re.fullmatch(r"serving tiny, step 3, at (http://127\.0\.0\.1:(\d+)/v1)\n", serving)

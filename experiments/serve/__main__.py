@@ -64,6 +64,7 @@ def main(argv):
                   num_pages=_NUM_PAGES.value, memory_bytes=memory, chunk=_CHUNK.value,
                   tokenizer=tokenizer)
   del model                       # on a GPU the engine has a copy
+  print("warming up: compiles the programs that prompts of any length need", flush=True)
   start = time.monotonic()
   prompts = warm_up(engine)
   print(f"warmed up with {prompts} prompts of up to {_MAX_TOKENS.value:,} tokens, "
