@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels.block_sparse_attention import reference as block_sparse_reference
 from pallas_kernels.reference import masked_attention, windowed_attention
 from tests import float64_loops as loops
 from tests.attention_inputs import (
@@ -227,3 +228,22 @@ def test_bad_input_is_one_clear_line(op, change, message):
   with pytest.raises(ValueError) as error:
     EAGER[op](q, kv, kv, *blocks, **change)
   assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_much_longer_than_a_selection_copy_its_keys(packed, monkeypatch):
+  """The other route of the reference: the same outputs and gradients."""
+  q, k, v, blocks, sinks, _, segments, kv_segments = problem(7, 13, 70, [5, 50], packed)
+  blocks = jnp.asarray(blocks).at[0, :, 3].set(-1)                    # a query that selects nothing
+
+  def run(gather_from):
+    monkeypatch.setattr(block_sparse_reference, "GATHER_FROM", gather_from)
+    op = lambda q, k, v, sinks: pallas_kernels.block_sparse_attention(
+      q, k, v, blocks, block_size=BLOCK, sinks=sinks, query_offset=jnp.array([5, 50]),
+      segment_ids=segments, kv_segment_ids=kv_segments)
+    out, pullback = jax.vjp(op, q, k, v, sinks)
+    return out, pullback(jnp.cos(out))
+
+  copied, masked = run(1e-6), run(1e6)
+  assert np.abs(masked[0]).max() > 0.1
+  jax.tree.map(lambda a, b: assert_close(a, b, "gradient_f32"), copied, masked)

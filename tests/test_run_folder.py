@@ -21,7 +21,7 @@ from hysparse_jax.training import run
 from hysparse_jax.training.checkpoint import Checkpoints
 from tests.corpora import write_tokenizer
 from tests.test_load_run import config as with_experts
-from tests.test_load_run import made
+from tests.weights import drawn
 
 CFG = with_experts("float32")
 CFG = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, moe=None, num_layers=1))
@@ -29,7 +29,7 @@ CFG = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, moe=None, nu
 
 @pytest.fixture(scope="module")
 def model():
-  return made(CFG)
+  return drawn(CFG.model)
 
 
 def keep(folder, model, *steps, extra=None, keep=3):

@@ -24,7 +24,8 @@ def block_sparse_attention(q, k, v, block_indices, *, block_size, sinks, query_o
   queries, keys = causal_arrays(q, k, v, query_offset=query_offset, segment_ids=segment_ids,
                                 kv_segment_ids=kv_segment_ids, scale=scale)
   queries["blocks"] = block_indices.transpose(0, 2, 1, 3)
-  if k.shape[1] > GATHER_FROM * block_indices.shape[3] * block_size:
+  picked = block_indices.shape[3] * block_size
+  if 0 < GATHER_FROM * picked < k.shape[1]:
     return _gathered(queries, keys, block_size, sinks).astype(q.dtype)
 
   def attend(queries, keys):
