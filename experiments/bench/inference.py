@@ -1,6 +1,6 @@
 """Times prefill and decoding of a config and of its baselines on one machine, random weights.
 
-    python -m experiments.bench.inference --config=configs/hysparse_80b_a3b.py --mesh=expert=1 \
+    python -m experiments.bench.inference --config=configs/hysparse_80b_a3b.py \
         --set model.moe=None --set model.d_ff=4096 --what=prefill,decode --length=131072 \
         [--batch=1,fill] [--baselines=full,swa] [--profile=20] [--json]
 
@@ -24,7 +24,7 @@ from flax import nnx
 from hysparse_jax import accounting
 from hysparse_jax.errors import UserError
 from hysparse_jax.inference.load import with_dtype
-from hysparse_jax.inference.sampling import decode_options
+from hysparse_jax.inference.sampling import decode_options, visible_tokens
 from hysparse_jax.model import cache as kv_cache
 from hysparse_jax.model.fused import fused
 from hysparse_jax.model.transformer import Transformer
@@ -34,7 +34,7 @@ from .profile import print_kernels
 
 WHAT = ("decode", "prefill")
 
-for _flag in (cli.CONFIG, cli.SET, cli.MESH, cli.JSON):
+for _flag in (cli.CONFIG, cli.SET, cli.JSON):
   flags.declare_key_flag(_flag)
 flags.adopt_module_key_flags(rows)
 _WHAT = flags.DEFINE_list("what", ["decode"], "Which of " + ", ".join(WHAT))
@@ -137,16 +137,13 @@ def prefill(cfg, model, batch: int, length: int, chunk: int) -> dict:
   tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, cfg.vocab_size, jnp.int32)
   programs, temporaries = {}, 0
 
-  def pages(end):      # keys of a call: up to the next quarter of a power of two
-    quarter = max(1 << max(end - 1, 1).bit_length() >> 2, chunk)
-    return kv_cache.pages_for(cfg, min(-(-end // quarter) * quarter, length))
-
   def prompt():
     nonlocal temporaries
     cache = jax.jit(kv_cache.init_cache, static_argnums=(0, 1, 2))(cfg, batch, length)
     for start in range(0, length, chunk):
       part = tokens[:, start:start + chunk]
-      key = pages(min(start + chunk, length)), part.shape[1]
+      seen = visible_tokens(min(start + chunk, length), length)
+      key = kv_cache.pages_for(cfg, seen), part.shape[1]
       if key not in programs:
         programs[key] = step.lower(model, part, cache, key[0]).compile()
         temporaries = max(temporaries, programs[key].memory_analysis().temp_size_in_bytes)
@@ -159,7 +156,7 @@ def prefill(cfg, model, batch: int, length: int, chunk: int) -> dict:
   seconds = time.perf_counter() - start
   profiled(prompt)
   if jnp.isnan(logits).any():
-    raise UserError("the logits are NaN")
+    raise FloatingPointError("the logits are NaN")
   return {"seconds": seconds, "tokens_per_second": batch * length / seconds, "chunk": chunk,
           "temp_bytes": temporaries}
 
